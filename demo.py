@@ -1,0 +1,107 @@
+"""The second half of `make demo`: draw digits from a checkpoint, write the picture, and say how good they are.
+
+Two figures, each beside what real digits give:
+- recognised: the share of class-conditional samples that a classifier trained on real digits takes for their class;
+  beside it, the same for real digits that it was not trained on.
+- Fréchet distance of the pixels to real digits, which grows when samples lack variety, however well each is recognised;
+  beside it, the distance between two sets of real digits, and what total collapse (one image per class) would give.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import torch
+from sklearn.svm import SVC
+
+import data
+import distributed
+import options
+import sampling
+
+HELD_OUT_PER_CLASS = 50
+
+
+def split_digits():
+    """Real digits as ((pixels, labels) to compare with, (pixels, labels) held out: 50 of each class).
+
+    Pixels are (N, 64) float64 in [0, 1].
+    """
+    source = data.open_source("digits")
+    pixels = to_features(torch.stack([torch.from_numpy(np.array(image))[..., None] for image, _ in source.examples]))
+    labels = np.array([label for _, label in source.examples])
+    order = np.random.default_rng(0).permutation(len(labels))
+    held_out = np.concatenate([order[labels[order] == c][:HELD_OUT_PER_CLASS] for c in range(source.num_classes)])
+    rest = np.setdiff1d(order, held_out)
+    return (pixels[rest], labels[rest]), (pixels[held_out], labels[held_out])
+
+
+def to_features(images):
+    """uint8 images (N, H, W, 1) as rows of pixels (N, H W) in [0, 1]."""
+    return images.flatten(1).numpy().astype(np.float64) / 255
+
+
+def frechet_distance(x, y):
+    """Fréchet distance between Gaussians fitted to the rows of x (N, D) and y (M, D); 0 for equal sets (Heusel et al. 2017).
+
+    |mean_x - mean_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^(1/2). The last trace is the sum of the singular values of
+    A_x^T A_y for any A with S = A A^T; the centred rows, scaled, are such an A. It needs no square root of a matrix, and
+    is exact for singular covariances.
+    """
+    centred_x, centred_y = (z - z.mean(0) for z in (x, y))
+    centred_x, centred_y = centred_x / np.sqrt(len(x) - 1), centred_y / np.sqrt(len(y) - 1)
+    cross = np.linalg.svd(centred_x @ centred_y.T, compute_uv=False).sum()
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + (centred_x**2).sum() + (centred_y**2).sum() - 2 * cross
+
+
+def judge(images, labels):
+    """The figures of the module's head for uint8 images (N, 8, 8, 1) of the classes `labels` (N,)."""
+    samples = to_features(images)
+    (real, real_labels), (held_out, held_out_labels) = split_digits()
+    classifier = SVC().fit(real, real_labels)
+    centres = np.stack([real[real_labels == c].mean(0) for c in range(10)])
+    return {
+        "recognised": float((classifier.predict(samples) == labels).mean()),
+        "recognised_real": float((classifier.predict(held_out) == held_out_labels).mean()),
+        "fd_pixels": float(frechet_distance(samples, real)),
+        "fd_pixels_real": float(frechet_distance(held_out, real)),
+        "fd_pixels_collapsed": float(frechet_distance(centres[held_out_labels], real)),
+    }
+
+
+def main():
+    parser = options.Parser(description="Draw digits from a checkpoint trained on them and say how good they are.")
+    add = options.flag_group(parser, "demo")
+    add("--ckpt", str, "PATH", "run folder or checkpoint folder of a run on the digits", required=True)
+    add("--samples-per-class", options.integer(10), "N", "images of each class", default=50)
+    add("--cfg-scale", options.number(), "S", "guidance scale", default=1.5)
+    add("--seed", options.integer(0), "SEED", "image i depends on the seed and i alone", default=0)
+    add("--output", pathlib.Path, "FILE.png", "picture of 100 samples (default: digits.png in the folder of --ckpt)")
+    args = parser.parse_args()
+    with options.user_errors(parser):
+        pipeline = sampling.load_pipeline(args.ckpt, distributed.init())
+        if (pipeline.model.input_size, pipeline.model.in_channels, pipeline.model.num_classes) != (8, 1, 10):
+            raise ValueError(f"--ckpt {args.ckpt} is not of a run on the digits")
+
+    labels = list(range(10)) * args.samples_per_class
+    how = dict(mode="ODE", settings=options.ODE_DEFAULTS | {"num_steps": 50}, cfg_scale=args.cfg_scale, seed=args.seed)
+    images, calls = sampling.generate(pipeline, labels, batch_size=500, **how)
+    output = args.output or pathlib.Path(args.ckpt) / "digits.png"
+    sampling.save_grid(images[:100], output, columns=10)
+    description = sampling.describe(pipeline, **how, calls=calls)
+    figures = judge(images, np.array(labels))
+    output.with_suffix(".json").write_text(json.dumps({**description, **figures}, indent=2) + "\n")
+
+    print(sampling.summary(description))
+    print(
+        f"recognised: {figures['recognised']:.1%} of {len(labels)} samples ({figures['recognised_real']:.1%} of held-out real digits)"
+    )
+    print(
+        f"Fréchet distance of pixels to real digits: {figures['fd_pixels']:.3f} (real to real {figures['fd_pixels_real']:.3f}, "
+        f"one image per class {figures['fd_pixels_collapsed']:.3f})"
+    )
+    print(f"picture: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Draw a grid of images from a checkpoint: python sample.py ODE|SDE --ckpt results/000-SiT-XL-2-Linear-velocity-None"""
+
+import math
+import pathlib
+
+import distributed
+import options
+import sampling
+
+
+def build_parser():
+    parser = options.Parser(description="Draw a grid of images from a SiT.")
+    sampling.add_weights_flags(parser)
+    options.add_transport_flags(parser, from_checkpoint=True)
+    options.add_solver_flags(parser)
+    sampling.add_guidance_flags(parser)
+    add = options.flag_group(parser, "images")
+    labels = "classes to draw (default: eight of ImageNet's for 1000 classes, else the first ten)"
+    add("--class-labels", options.integer(0), "LABEL", labels, nargs="+")
+    add("--samples-per-class", options.integer(1), "N", "images of each label", default=1)
+    add("--columns", options.integer(1), "N", "columns of the grid (default: by the number of images)")
+    add("--batch-size", options.integer(1), "N", "images at a time", default=64)
+    add("--seed", options.integer(0), "SEED", "image i of the grid depends on the seed and i alone", default=0)
+    output = "the grid; FILE.json beside it says how it was made"
+    add("--output", pathlib.Path, "FILE.png", output, default=pathlib.Path("sample.png"))
+    return parser
+
+
+def main():
+    # Check the flags, load the weights.
+    parser = build_parser()
+    args = parser.parse_args()
+    with options.user_errors(parser):
+        settings = options.solver_settings(args)
+        check_output(args.output)
+        device = distributed.init()
+        pipeline = sampling.load_pipeline(args.ckpt, device, args.guided_channels, **sampling.given_flags(args))
+        labels = args.class_labels or sampling.default_labels(pipeline.model.num_classes)
+        sampling.check_labels(labels, pipeline.model.num_classes)
+        cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model)
+        how = dict(mode=args.mode, settings=settings, cfg_scale=cfg_scale, seed=args.seed)
+        sampling.make_sample_function(pipeline.transport, args.mode, settings, sampling.ImageNoise(0, [], device))
+
+    # Draw, and write the grid with the settings beside it.
+    images, calls = sampling.generate(pipeline, labels * args.samples_per_class, batch_size=args.batch_size, **how)
+    columns = args.columns or (len(labels) if args.samples_per_class > 1 else max(4, math.ceil(math.sqrt(len(labels)))))
+    sampling.save_grid(images, args.output, min(columns, len(images)))
+    description = sampling.describe(pipeline, **how, calls=calls)
+    sampling.save_description(
+        {**description, "ckpt": args.ckpt, "class_labels": labels}, args.output.with_suffix(".json")
+    )
+    print(sampling.summary(description))
+    print(args.output)
+
+
+def check_output(path):
+    """Raise ValueError where the grid could not be written when it is done."""
+    if path.suffix != ".png":
+        raise ValueError(f"--output {path} must end in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: the folder {path.parent} does not exist")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""From a checkpoint to images: what sample.py, train.py and every later script that draws samples share."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+import checkpoint
+import download
+import latents
+import options
+from models import SiT, SiT_models
+from transport import Sampler, Transport, create_transport
+
+# The classes of the official sample.py: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox.
+SHOWN_IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """All that sampling needs, on one device. `guided_channels`: see `SiT.forward_with_cfg`."""
+
+    model: SiT
+    transport: Transport
+    space: latents.PixelSpace | latents.AutoencoderSpace
+    device: torch.device
+    guided_channels: int | None
+
+
+def add_weights_flags(parser):
+    """Which weights to sample from, and what they are where they do not say so themselves."""
+    add = options.flag_group(
+        parser,
+        "weights",
+        "A checkpoint of train.py needs --ckpt alone; the other flags describe weights that come without a config.",
+    )
+    add(
+        "--ckpt",
+        str,
+        "PATH|NAME|URL",
+        "run folder (its latest checkpoint), checkpoint folder, .pt, .safetensors, name of a released model, or URL "
+        "(default: the released weights of --model at --image-size)",
+    )
+    names = ", ".join(SiT_models)
+    add(
+        "--model",
+        options.one_of(*SiT_models),
+        "NAME",
+        f"one of {names} (default: by the weights' shapes; SiT-XL/2 without --ckpt)",
+    )
+    at_least_one = options.integer(1)
+    add("--image-size", at_least_one, "PIXELS", "size of the images (default: the checkpoint's; 256 without --ckpt)")
+    add("--num-classes", at_least_one, "N", "number of classes (default: by the weights' shapes)")
+    add("--num-heads", at_least_one, "N", "attention heads (default: by the width, for the known sizes)")
+    add(
+        "--vae",
+        str,
+        "ema|mse|none|NAME|FOLDER",
+        "autoencoder to decode with: of the released models, none for pixels, a hub name, a folder (default: the "
+        "checkpoint's, or ema)",
+    )
+
+
+def add_guidance_flags(parser):
+    """Classifier-free guidance."""
+    add = options.flag_group(parser, "guidance")
+    add(
+        "--cfg-scale",
+        options.number(),
+        "S",
+        "classifier-free guidance scale; 1 is none (default: 4, or 1 for a model without a null class)",
+    )
+    add(
+        "--guided-channels",
+        lambda text: text if text == "all" else options.integer(1)(text),
+        "N|all",
+        "leading channels that guidance acts on (default: all for checkpoints of train.py; 3 for others, as the released "
+        "models were sampled)",
+    )
+
+
+WEIGHTS_FLAGS = ("model", "image_size", "num_classes", "num_heads", "vae", *checkpoint.TRANSPORT_KEYS)
+
+
+def given_flags(args):
+    """The flags of `add_weights_flags` and `options.add_transport_flags` that were given: what to hold weights against."""
+    return {key: getattr(args, key) for key in WEIGHTS_FLAGS if getattr(args, key) is not None}
+
+
+def load_pipeline(ckpt, device, guided_channels=None, **given):
+    """Build what a checkpoint holds.
+
+    Args:
+        ckpt: as `download.resolve` takes it; None: the released weights of given['model'] at given['image_size'].
+        guided_channels: a number or 'all'; None: all for checkpoints of train.py, 3 for others.
+        given: any of WEIGHTS_FLAGS. They say what weights without a config are, and must not contradict the others.
+
+    Raises:
+        ValueError: weights that are not there or do not fit, or a flag that contradicts what the weights are.
+    """
+    weights = checkpoint.load_weights(
+        download.resolve(ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}")
+    )
+    model_config = _model_config(weights, given)
+    transport = create_transport(**_transport_config(weights, given))
+    vae = given.get("vae") or weights.config.get("latents", {}).get("vae", "ema")
+    downsampling, channels = latents.geometry(vae, model_config["in_channels"])
+    image_size = model_config["input_size"] * downsampling
+    if channels != model_config["in_channels"]:
+        raise ValueError(f"the weights take {model_config['in_channels']} channels, but --vae {vae} makes {channels}")
+    if given.get("image_size", image_size) != image_size:
+        raise ValueError(
+            f"--image-size {given['image_size']} contradicts the weights: they make images of {image_size} pixels"
+        )
+    model = SiT(**model_config)
+    checkpoint.load_into(model, weights.state_dict, weights.path)
+    guided_channels = guided_channels or ("all" if weights.own else 3)
+    return Pipeline(
+        model.to(device).eval().requires_grad_(False),
+        transport,
+        latents.open_space(vae, channels, device),
+        device,
+        None if guided_channels == "all" else guided_channels,
+    )
+
+
+def _model_config(weights, given):
+    """Arguments of SiT: the checkpoint's, else by shapes; flags must agree with them, or say what they leave open."""
+    named = given.get("model") or weights.config.get("model_name")
+    size = SiT_models[named].keywords if named in SiT_models else {}
+    if weights.own:
+        config = weights.config["model"]
+    else:
+        config = checkpoint.model_config_from_shapes(weights.state_dict)
+        config.setdefault("num_heads", given.get("num_heads", size.get("num_heads")))
+        if config["num_heads"] is None:
+            raise ValueError(
+                f"{weights.path} has width {config['hidden_size']}, which is none of S, B, L, XL, so its number of attention "
+                "heads cannot be told; give --num-heads"
+            )
+    if "model" in given:
+        for key, value in size.items():
+            if config[key] != value:
+                raise ValueError(f"--model {named} contradicts the weights: their {key} is {config[key]}, not {value}")
+    for key in ("num_classes", "num_heads"):
+        if given.get(key, config[key]) != config[key]:
+            raise ValueError(f"--{key.replace('_', '-')} {given[key]} contradicts the weights: it is {config[key]}")
+    return config
+
+
+def _transport_config(weights, given):
+    """Arguments of create_transport: the checkpoint's, where flags say nothing; what the network is cannot be changed."""
+    config = weights.config.get("transport", {})
+    for key in ("path_type", "prediction"):
+        if given.get(key, config.get(key)) != config.get(key, given.get(key)):
+            raise ValueError(
+                f"--{key.replace('_', '-')} {given[key]} contradicts the checkpoint, which was trained with {config[key]}"
+            )
+    return config | {key: given[key] for key in checkpoint.TRANSPORT_KEYS if key in given}
+
+
+def default_labels(num_classes):
+    """The classes that a grid shows when nobody says which."""
+    return SHOWN_IMAGENET_CLASSES if num_classes == 1000 else list(range(min(num_classes, 10)))
+
+
+def check_labels(labels, num_classes):
+    """Raise ValueError for a label that is no class of the model."""
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f"class label {label} is out of range: the model has {num_classes} classes, 0 to {num_classes - 1}"
+            )
+
+
+def resolve_cfg_scale(cfg_scale, model):
+    """The guidance scale to use: 4 unless given, 1 for a model that knows no null class. Raises ValueError."""
+    guidable = model.y_embedder.embedding_table.num_embeddings > model.num_classes
+    if cfg_scale is None:
+        return 4.0 if guidable else 1.0
+    if cfg_scale != 1 and not guidable:
+        raise ValueError(
+            f"--cfg-scale {cfg_scale:g} needs a null class, and the model was trained without; only 1 is possible"
+        )
+    return cfg_scale
+
+
+def guide(model, cfg_scale, guided_channels):
+    """The model as a function (x, t, y) with classifier-free guidance; with scale 1, the model itself.
+
+    The unconditional half is added here, so that samplers see a batch of N, not 2N.
+    """
+    if cfg_scale == 1:
+        return model
+
+    def guided_model(x, t, y):
+        null = torch.full_like(y, model.num_classes)
+        doubled = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+        return model.forward_with_cfg(*doubled, cfg_scale, guided_channels)[: len(x)]
+
+    return guided_model
+
+
+class ImageNoise:
+    """Standard normal noise for images by their index: row i depends on (seed, index i) alone, on any device.
+
+    Each image has a stream of its own, from which `draw` and `randn_like` take turn by turn, so what an image gets depends
+    neither on the batch it is in nor on the number of processes. Drawn on the CPU, where it is the same on every machine.
+    """
+
+    def __init__(self, seed, indices, device):
+        self.generators = [np.random.default_rng([seed, index]) for index in indices]
+        self.device = device
+
+    def draw(self, shape):
+        """(N, *shape) float32."""
+        rows = [torch.from_numpy(g.standard_normal(shape, dtype=np.float32)) for g in self.generators]
+        return torch.stack(rows).to(self.device)
+
+    def randn_like(self, x):
+        """Noise in the shape (N, ...) and dtype of x."""
+        return self.draw(tuple(x.shape[1:])).to(x.dtype)
+
+
+def make_sample_function(transport, mode, settings, noise):
+    """The function of `Sampler` that `options.solver_settings` describes, drawing an SDE's noise from `noise`."""
+    if mode == "ODE":
+        return Sampler(transport).sample_ode(**settings)
+    return Sampler(transport).sample_sde(**settings, randn_like=noise.randn_like)
+
+
+@torch.no_grad()
+def generate(pipeline, labels, *, mode, settings, cfg_scale, seed, first_index=0, batch_size=64, show_progress=True):
+    """Draw one image per label.
+
+    Args:
+        labels: N class labels; image i of the call has the index first_index + i, which decides its noise.
+        mode, settings: as from `options.solver_settings`.
+        cfg_scale: guidance scale.
+        batch_size: images at a time.
+        show_progress: a bar of network calls, on a terminal.
+
+    Returns:
+        (images, calls): uint8 (N, H, W, C) on the CPU, and the number of network calls per image (the most that any batch
+        took).
+    """
+    model, device = pipeline.model, pipeline.device
+    shape = (model.in_channels, model.input_size, model.input_size)
+    guided_model = guide(model, cfg_scale, pipeline.guided_channels)
+    images, most_calls = [], 0
+    starts = range(0, len(labels), batch_size)
+    calls_per_batch = make_sample_function(
+        pipeline.transport, mode, settings, ImageNoise(seed, [], device)
+    ).network_calls
+    total = None if calls_per_batch is None else calls_per_batch * len(starts)
+    with tqdm(total=total, unit=" network calls", leave=False, disable=None if show_progress else True) as bar:
+        for start in starts:
+            y = torch.tensor(labels[start : start + batch_size], device=device)
+            noise = ImageNoise(seed, range(first_index + start, first_index + start + len(y)), device)
+            sample = make_sample_function(pipeline.transport, mode, settings, noise)
+            calls = 0
+
+            def counted_model(x, t, y):
+                nonlocal calls
+                calls += 1
+                bar.update()
+                return guided_model(x, t, y)
+
+            x = sample(noise.draw(shape), counted_model, y=y)[-1]
+            images.append(to_uint8(pipeline.space.decode(x)))
+            most_calls = max(most_calls, calls)
+    return torch.cat(images), most_calls
+
+
+def to_uint8(images):
+    """Images (N, C, H, W) in [-1, 1] as uint8 (N, H, W, C) on the CPU, rounded to the nearest grey level."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def save_grid(images, path, columns, min_side=64):
+    """Write uint8 images (N, H, W, C) as a grid, each enlarged by whole pixels to at least `min_side` pixels."""
+    factor = math.ceil(min_side / images.shape[1])
+    enlarged = images.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(0, 3, 1, 2)
+    grid = make_grid(enlarged, nrow=columns, padding=2, pad_value=255)  # repeats a grey channel three times
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+def describe(pipeline, *, mode, settings, cfg_scale, seed, calls):
+    """What was done to make samples, as plain data: without it, figures of two runs cannot be compared."""
+    guided_channels = pipeline.guided_channels or pipeline.model.in_channels
+    return {
+        "mode": mode,
+        **settings,
+        "network_calls_per_image": calls,
+        "cfg_scale": cfg_scale,
+        "guided_channels": min(guided_channels, pipeline.model.in_channels) if cfg_scale != 1 else 0,
+        "channels": pipeline.model.in_channels,
+        "precision": "fp32",
+        "sample_eps": pipeline.transport.sample_eps,
+        "seed": seed,
+    }
+
+
+def summary(description):
+    """One line for people from what `describe` returns."""
+    d = description
+    guidance = (
+        f"guidance {d['cfg_scale']:g} on {d['guided_channels']} of {d['channels']} channels (two evaluations a call)"
+    )
+    return (
+        f"{d['mode']} {d['sampling_method']}, {d['network_calls_per_image']} network calls per image, "
+        f"{guidance if d['cfg_scale'] != 1 else 'no guidance'}, {d['precision']}"
+    )
+
+
+def save_description(description, path):
+    """Write what `describe` returns as JSON."""
+    path.write_text(json.dumps(description, indent=2) + "\n")

@@ -1,0 +1,185 @@
+"""Interpolant paths between noise and data: their coefficients and the identities that follow from them.
+
+Time runs from noise to data, everywhere in this project: t = 0 is noise x0 ~ N(0, I), t = 1 is data x1, and
+    x_t = alpha(t) x1 + sigma(t) x0          (SiT, eq. 1, with time reversed as in the official code)
+with alpha(0) ~ 0, sigma(0) ~ 1, alpha(1) = 1, sigma(1) = 0. Nothing here knows of a network.
+
+Every conversion below is linear algebra on the pair of equations
+    x = alpha x1 + sigma x0,    velocity = d_alpha x1 + d_sigma x0,
+whose determinant is `wronskian` = d_alpha sigma - alpha d_sigma, together with score = -x0 / sigma. Written this way
+(and not through d_alpha / alpha, as in the paper's appendix) they divide by nothing but what is truly singular:
+a score at sigma = 0, and a velocity made from noise or score at alpha = 0.
+"""
+
+import abc
+import math
+
+import torch
+
+DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+
+
+def expand_like(t, x):
+    """Reshape t (N,) to (N, 1, ..., 1) with as many dimensions as x (N, ...), so that it multiplies sample by sample."""
+    return t.reshape(-1, *[1] * (x.dim() - 1))
+
+
+class Path(abc.ABC):
+    """A path is alpha, sigma and their time derivatives; subclasses give those four and nothing else.
+
+    `starts_at_pure_noise` says whether alpha(0) = 0, where some conversions are singular.
+    In the coefficient functions t is a tensor of any shape with values in [0, 1], and the result has t's shape and
+    dtype. In all other methods x, x0, x1, velocity, score and noise are (N, ...) and t is (N,).
+    """
+
+    starts_at_pure_noise = True
+
+    @abc.abstractmethod
+    def alpha(self, t):
+        """Coefficient of the data."""
+
+    @abc.abstractmethod
+    def sigma(self, t):
+        """Coefficient of the noise."""
+
+    @abc.abstractmethod
+    def d_alpha(self, t):
+        """Time derivative of alpha."""
+
+    @abc.abstractmethod
+    def d_sigma(self, t):
+        """Time derivative of sigma."""
+
+    def wronskian(self, t):
+        """d_alpha sigma - alpha d_sigma, positive for 0 < t < 1: how fast data displaces noise along the path."""
+        return self.d_alpha(t) * self.sigma(t) - self.alpha(t) * self.d_sigma(t)
+
+    def interpolate(self, t, x0, x1):
+        """Return the point x_t of the path and its velocity u_t = d x_t / dt, both (N, ...)."""
+        t = expand_like(t, x1)
+        xt = self.alpha(t) * x1 + self.sigma(t) * x0
+        ut = self.d_alpha(t) * x1 + self.d_sigma(t) * x0
+        return xt, ut
+
+    def velocity_to_noise(self, velocity, x, t):
+        """E[x0 | x_t = x] from E[d x_t / dt | x_t = x]."""
+        t = expand_like(t, x)
+        return (self.d_alpha(t) * x - self.alpha(t) * velocity) / self.wronskian(t)
+
+    def noise_to_velocity(self, noise, x, t):
+        """Inverse of `velocity_to_noise`; singular where alpha(t) = 0."""
+        t = expand_like(t, x)
+        return (self.d_alpha(t) * x - self.wronskian(t) * noise) / self.alpha(t)
+
+    def noise_to_score(self, noise, x, t):
+        """grad_x log p_t(x) = -E[x0 | x_t = x] / sigma (SiT, eq. 7); singular where sigma(t) = 0."""
+        return -noise / self.sigma(expand_like(t, x))
+
+    def score_to_noise(self, score, x, t):
+        """Inverse of `noise_to_score`."""
+        return -self.sigma(expand_like(t, x)) * score
+
+    def velocity_to_score(self, velocity, x, t):
+        """Score from velocity (SiT, eq. 9); singular where sigma(t) = 0."""
+        return self.noise_to_score(self.velocity_to_noise(velocity, x, t), x, t)
+
+    def score_to_velocity(self, score, x, t):
+        """Velocity from score: the drift of the probability-flow ODE; singular where alpha(t) = 0."""
+        return self.noise_to_velocity(self.score_to_noise(score, x, t), x, t)
+
+    def diffusion(self, t, form, norm=1.0):
+        """Diffusion coefficient w(t) of the SDE dx = (velocity + w score) dt + sqrt(2 w) dW (SiT, eq. 5 and table 3).
+
+        Any w >= 0 leaves the marginals of the path unchanged; `form` chooses its shape and `norm` its scale:
+            constant                1
+            SBDM                    sigma wronskian / alpha, which makes the SDE the reverse of the forward diffusion of
+                                    score-based models; infinite where alpha(t) = 0
+            sigma                   sigma
+            linear                  1 - t
+            decreasing              (cos(pi t) + 1)^2 / 4
+            increasing-decreasing   sin(pi t)^2
+
+        `t` may have any shape; the result has the same. Raises ValueError for an unknown form.
+        """
+        forms = {
+            "constant": torch.ones_like,
+            "SBDM": lambda t: self.sigma(t) * self.wronskian(t) / self.alpha(t),
+            "sigma": self.sigma,
+            "linear": lambda t: 1 - t,
+            "decreasing": lambda t: 0.25 * (torch.cos(math.pi * t) + 1) ** 2,
+            "increasing-decreasing": lambda t: torch.sin(math.pi * t) ** 2,
+        }
+        if form not in forms:
+            raise ValueError(f"unknown diffusion form {form!r}; choose from {', '.join(DIFFUSION_FORMS)}")
+        return norm * forms[form](t)
+
+
+class LinearPath(Path):
+    """alpha = t, sigma = 1 - t (SiT's Linear interpolant; rectified flow, flow matching with optimal-transport path)."""
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return 1 - t
+
+    def d_alpha(self, t):
+        return torch.ones_like(t)
+
+    def d_sigma(self, t):
+        return -torch.ones_like(t)
+
+
+class GVPPath(Path):
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): generalised variance preserving, alpha^2 + sigma^2 = 1."""
+
+    def alpha(self, t):
+        return torch.sin(math.pi / 2 * t)
+
+    def sigma(self, t):
+        return torch.sin(math.pi / 2 * (1 - t))  # cos(pi t / 2) with an exact zero at t = 1
+
+    def d_alpha(self, t):
+        return math.pi / 2 * self.sigma(t)
+
+    def d_sigma(self, t):
+        return -math.pi / 2 * self.alpha(t)
+
+
+class VPPath(Path):
+    """Variance preserving diffusion of Song et al. (2021) with linear beta, run from noise to data.
+
+    log alpha = -(1-t)^2 (beta_max - beta_min) / 4 - (1-t) beta_min / 2 and sigma = sqrt(1 - alpha^2). alpha(0) = 0.0066
+    is small, not zero, so noise at t = 0 is N(0, I) to that precision; d_sigma is infinite at t = 1.
+    """
+
+    starts_at_pure_noise = False
+
+    def __init__(self, beta_min=0.1, beta_max=20.0):
+        self.beta_min = beta_min
+        self.beta_max = beta_max
+
+    def log_alpha(self, t):
+        return -0.25 * (1 - t) ** 2 * (self.beta_max - self.beta_min) - 0.5 * (1 - t) * self.beta_min
+
+    def d_log_alpha(self, t):
+        return 0.5 * (1 - t) * (self.beta_max - self.beta_min) + 0.5 * self.beta_min
+
+    def alpha(self, t):
+        return torch.exp(self.log_alpha(t))
+
+    def sigma(self, t):
+        # expm1 keeps the digits that 1 - alpha^2 loses near t = 1.
+        return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
+
+    def d_alpha(self, t):
+        return self.alpha(t) * self.d_log_alpha(t)
+
+    def d_sigma(self, t):
+        return -(self.alpha(t) ** 2) * self.d_log_alpha(t) / self.sigma(t)
+
+    def wronskian(self, t):
+        return self.d_alpha(t) / self.sigma(t)  # the general form, with alpha^2 + sigma^2 = 1 used
+
+
+PATHS = {"Linear": LinearPath, "GVP": GVPPath, "VP": VPPath}
