@@ -24,15 +24,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
 
     def error(self, message):
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            message = f"unknown flag or argument {unknown!r}{self._nearest(unknown.split()[0].split('=')[0])}"
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
         self.exit(2, f"{self.prog}{where}: error: {' '.join(str(message).split())}\n")
 
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else list(argv)
+        # Before argparse, which would complain of the misspelt flag's value first where there are positional arguments.
+        for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
+            if flag not in self._option_string_actions:
+                self.error(f"unknown flag {flag}{self._nearest(flag)}")
         config = _value_of("--config", argv) if "--config" in self._option_string_actions else None
         words = [] if config is None else self._words_of_config(config)
         return super().parse_args(words + argv)
@@ -79,9 +80,9 @@ class Parser(argparse.ArgumentParser):
 def _value_of(flag, argv):
     """The last value given to `flag` in argv, as '--flag value' or '--flag=value'; None if there is none."""
     value = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for i, word in enumerate(argv):
         if word == flag:
-            value = following
+            value = argv[i + 1] if i + 1 < len(argv) else None
         elif word.startswith(flag + "="):
             value = word.partition("=")[2]
     return value

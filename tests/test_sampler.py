@@ -189,15 +189,17 @@ def test_every_sde_gives_the_right_distribution(path_type, prediction, method):
             sampling_method=method,
             diffusion_form=form,
             last_step=last_step,
+            last_step_size=0.01,
             num_steps=250,
             randn_like=lambda x: torch.randn(x.shape, generator=generator),
         )
         network = GaussianNetwork(transport)
-        end = sample(torch.randn(10_000, 2, generator=generator), network)[-1]
+        end = sample(torch.randn(5_000, 2, generator=generator), network)[-1]
         assert network.calls == sample.network_calls
         mean, std = end.mean().item(), end.std().item()
-        # 20,000 numbers: the standard errors are 0.005 and 0.0035; the rest is the bias of 250 steps.
-        if not (abs(mean - 0.5) < 0.025 and abs(std - 0.7) < 0.025):
+        # 10,000 numbers: the standard errors are 0.007 and 0.005. The rest is the bias of 250 steps and of 'Mean', which
+        # leaves out the noise of its step, 2 w last_step_size of the variance: 0.02 of 0.49 for the constant form.
+        if not (abs(mean - 0.5) < 0.03 and abs(std - 0.7) < 0.03):
             wrong.append((form, last_step, mean, std))
     assert not wrong
 
@@ -306,5 +308,10 @@ def test_an_eps_of_zero_where_the_drift_is_singular_is_refused(path_type, predic
     sampler = Sampler(create_transport(path_type, prediction, sample_eps=0.0))
     with pytest.raises(ValueError, match="singular"):
         sampler.sample_ode()
-    with pytest.raises(ValueError, match="singular"):
-        sampler.sample_sde(last_step=None, sampling_method="Heun")
+    if path_type == "VP":  # singular at the end alone, which an SDE does not evaluate
+        assert (
+            sampler.sample_sde(last_step=None)(torch.randn(2, 3), GaussianNetwork(sampler.transport)).isfinite().all()
+        )
+    else:
+        with pytest.raises(ValueError, match="singular"):
+            sampler.sample_sde(last_step=None)

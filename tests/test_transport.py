@@ -59,6 +59,7 @@ def test_derivatives_equal_autograd(name):
         torch.testing.assert_close(derivative(t), expected, rtol=1e-10, atol=1e-10)
     general = path.d_alpha(t) * path.sigma(t) - path.alpha(t) * path.d_sigma(t)
     torch.testing.assert_close(path.wronskian(t), general, rtol=1e-9, atol=0)
+    torch.testing.assert_close(path.sigma_wronskian(t), path.sigma(t) * general, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -54,6 +54,10 @@ class Path(abc.ABC):
         """d_alpha sigma - alpha d_sigma, positive for 0 < t < 1: how fast data displaces noise along the path."""
         return self.d_alpha(t) * self.sigma(t) - self.alpha(t) * self.d_sigma(t)
 
+    def sigma_wronskian(self, t):
+        """sigma times `wronskian`, a function of its own because it is finite where d_sigma is not (VP, t = 1)."""
+        return self.sigma(t) * self.wronskian(t)
+
     def interpolate(self, t, x0, x1):
         """Return the point x_t of the path and its velocity u_t = d x_t / dt, both (N, ...)."""
         t = expand_like(t, x1)
@@ -85,7 +89,8 @@ class Path(abc.ABC):
 
     def score_to_velocity(self, score, x, t):
         """Velocity from score: the drift of the probability-flow ODE; singular where alpha(t) = 0."""
-        return self.noise_to_velocity(self.score_to_noise(score, x, t), x, t)
+        t = expand_like(t, x)
+        return (self.d_alpha(t) * x + self.sigma_wronskian(t) * score) / self.alpha(t)
 
     def diffusion(self, t, form, norm=1.0):
         """Diffusion coefficient w(t) of the SDE dx = (velocity + w score) dt + sqrt(2 w) dW (SiT, eq. 5 and table 3).
@@ -103,7 +108,7 @@ class Path(abc.ABC):
         """
         forms = {
             "constant": torch.ones_like,
-            "SBDM": lambda t: self.sigma(t) * self.wronskian(t) / self.alpha(t),
+            "SBDM": lambda t: self.sigma_wronskian(t) / self.alpha(t),
             "sigma": self.sigma,
             "linear": lambda t: 1 - t,
             "decreasing": lambda t: 0.25 * (torch.cos(math.pi * t) + 1) ** 2,
@@ -180,6 +185,9 @@ class VPPath(Path):
 
     def wronskian(self, t):
         return self.d_alpha(t) / self.sigma(t)  # the general form, with alpha^2 + sigma^2 = 1 used
+
+    def sigma_wronskian(self, t):
+        return self.d_alpha(t)
 
 
 PATHS = {"Linear": LinearPath, "GVP": GVPPath, "VP": VPPath}

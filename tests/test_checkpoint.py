@@ -1,0 +1,236 @@
+import argparse
+import json
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from test_models import META, STATE_DICT, tiny
+
+import checkpoint
+import download
+import hub
+from models import SiT, SiT_models
+
+STATE = {"model": META["config"], "transport": {}, "latents": {"vae": "none"}}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of two different sets of weights, after a step of the optimizer; (folder, model, ema, optimizer)."""
+    model, ema = tiny(), tiny()
+    ema.load_state_dict(STATE_DICT)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return checkpoint.save(tmp_path / "run", 7, model, ema, optimizer, STATE), model, ema, optimizer
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_layout_and_contents(saved):
+    folder, model, ema, _ = saved
+    assert folder.name == "checkpoint-7"
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "ema.pt",
+        "optimizer",
+        "trainer_state.json",
+    }
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-7"]
+    assert equal(safetensors.torch.load_file(folder / "model.safetensors"), model.state_dict())
+    assert equal(torch.load(folder / "ema.pt", weights_only=True), ema.state_dict())
+    assert json.loads((folder / "trainer_state.json").read_text()) == STATE
+
+
+def test_the_optimizer_loads_again(saved):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    folder, model, _, optimizer = saved
+    other = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    state = get_optimizer_state_dict(model, other)
+    torch.distributed.checkpoint.load(state, checkpoint_id=folder / "optimizer")
+    set_optimizer_state_dict(model, other, state)
+    for mine, theirs in zip(
+        other.state_dict()["state"].values(), optimizer.state_dict()["state"].values(), strict=True
+    ):
+        assert equal(mine, theirs)
+
+
+def test_ema_first_from_a_run_a_checkpoint_and_its_files(saved):
+    folder, model, ema, _ = saved
+    for path in (folder.parent, folder, folder / "ema.pt"):
+        weights = checkpoint.load_weights(path)
+        assert weights.own and weights.config == STATE and equal(weights.state_dict, ema.state_dict())
+    assert equal(checkpoint.load_weights(folder / "model.safetensors").state_dict, model.state_dict())
+
+
+def test_the_latest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-100", ".checkpoint-200.partial", "checkpoint-300-old", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.find_latest(tmp_path).name == "checkpoint-100"
+    assert checkpoint.find_latest(tmp_path / "checkpoint-9") is None
+
+
+OTHER = {key: value + 1 for key, value in STATE_DICT.items()}
+CONTENTS = {
+    "bare": STATE_DICT,
+    "official": {
+        "model": OTHER,
+        "ema": STATE_DICT,
+        "opt": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]},
+        "args": argparse.Namespace(model="SiT-S/2", path_type="GVP", prediction="noise", vae="mse", image_size=64),
+    },
+    "without ema": {"model": STATE_DICT},
+    "of DDP": {"module." + key: value for key, value in STATE_DICT.items()},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_pt_files(name, zipped, tmp_path):
+    torch.save(CONTENTS[name], tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    weights = checkpoint.load_weights(tmp_path / "w.pt")
+    assert equal(weights.state_dict, STATE_DICT) and not weights.own
+    if name == "official":
+        assert weights.config["transport"] == {"path_type": "GVP", "prediction": "noise"}
+        assert weights.config["latents"] == {"vae": "mse", "image_size": 64}
+    assert equal(download.find_model(tmp_path / "w.pt"), STATE_DICT)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (open, ("/tmp/sit-test-was-here", "w"))
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"model": STATE_DICT, "args": Malicious()}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="more than tensors and plain data"):
+        checkpoint.load_weights(tmp_path / "w.pt")
+    (tmp_path / "p.pt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ValueError):
+        checkpoint.load_weights(tmp_path / "p.pt")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+@pytest.mark.parametrize("damage", ["empty", "text", "half"])
+def test_damaged_files_are_named(name, damage, tmp_path):
+    path = tmp_path / name
+    if name.endswith(".pt"):
+        torch.save(STATE_DICT, path)
+    else:
+        safetensors.torch.save_file(STATE_DICT, path)
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"not weights", "half": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(ValueError, match=name) as error:
+        checkpoint.load_weights(path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_things_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        checkpoint.load_weights(tmp_path / "nothing.pt")
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        checkpoint.load_weights(tmp_path)
+    torch.save({"a": 1}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        checkpoint.load_weights(tmp_path / "w.pt")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="not of a SiT"):
+        checkpoint.load_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name, arguments", [("SiT-XL/2", {}), ("SiT-S/8", dict(input_size=64, learn_sigma=False))])
+def test_the_architecture_is_read_off_the_shapes(name, arguments):
+    with torch.device("meta"):
+        model = SiT_models[name](**arguments, num_classes=17, in_channels=5, mlp_ratio=2.0)
+    config = checkpoint.model_config_from_shapes(model.state_dict())
+    with torch.device("meta"):
+        again = SiT(**config)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert (config["num_classes"], config["num_heads"]) == (17, model.blocks[0].attn.num_heads)
+    assert config["learn_sigma"] == model.learn_sigma
+
+
+def test_an_unknown_width_leaves_the_heads_open():
+    config = checkpoint.model_config_from_shapes(STATE_DICT)
+    assert config == {key: META["config"][key] for key in config} and "num_heads" not in config
+
+
+FILES = [
+    "README.md",
+    "SiT-S-2-256_orig.pt",
+    "SiT-B-2-256.pt",
+    "SiT-L-2-256.pt",
+    "SiT-XL-2-256.pt",
+    "SiT-XL-2-512.pt",
+    "SiT-XL-2-512-copy.pt",
+]
+
+
+def test_released_weights_are_looked_up_in_the_listing(monkeypatch, tmp_path):
+    fetched = []
+
+    def fetch(repository, filename):
+        fetched.append((repository, filename))
+        return tmp_path / filename
+
+    monkeypatch.setattr(hub, "list_files", lambda repository: FILES)
+    monkeypatch.setattr(hub, "cached_files", lambda repository: [])
+    monkeypatch.setattr(hub, "fetch", fetch)
+    for name, file in [
+        ("SiT-XL-2-256x256.pt", "SiT-XL-2-256.pt"),
+        ("SiT-XL/2-256", "SiT-XL-2-256.pt"),
+        ("SiT-S/2-256", "SiT-S-2-256_orig.pt"),
+        ("SiT-XL-2-512.pt", "SiT-XL-2-512.pt"),
+    ]:
+        assert download.resolve(name) == tmp_path / file
+        assert fetched[-1] == ("nyu-visionx/SiT-collections", file)
+    with pytest.raises(ValueError, match="several files fit.*SiT-XL-2-512.pt, SiT-XL-2-512-copy.pt"):
+        download.resolve("SiT-XL/2-512")
+    with pytest.raises(ValueError, match="no file fits.*SiT-B-2-256.pt"):
+        download.resolve("SiT-B/4-256")
+    with pytest.raises(ValueError, match="no such checkpoint: model.pt; give a path"):
+        download.resolve("model.pt")
+
+
+def test_what_is_in_the_cache_needs_no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "cached_files", lambda repository: FILES)
+    monkeypatch.setattr(hub, "fetch", lambda repository, filename: tmp_path / filename)
+    monkeypatch.setattr(hub, "list_files", lambda repository: pytest.fail("asked the network"))
+    assert download.resolve("SiT-XL/2-256") == tmp_path / "SiT-XL-2-256.pt"
+
+
+def test_without_the_network_the_error_is_one_line(monkeypatch):
+    monkeypatch.setattr(hub, "cached_files", lambda repository: [])
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match="cannot fetch nyu-visionx/SiT-collections.*cannot be reached") as error:
+        download.find_model("SiT-XL-2-256x256.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_urls_are_fetched_once_and_verified(monkeypatch, tmp_path):
+    import functools
+    import hashlib
+    import http.server
+    import threading
+
+    (tmp_path / "www").mkdir()
+    torch.save(STATE_DICT, tmp_path / "www" / "w.pt")
+    digest = hashlib.sha256((tmp_path / "www" / "w.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/w.pt"
+        with pytest.raises(ValueError, match="SHA-256"):
+            download.find_model(f"{url}#sha256={'0' * 64}")
+        assert equal(download.find_model(f"{url}#sha256={digest}"), STATE_DICT)
+        with pytest.raises(ValueError, match="cannot fetch"):
+            download.find_model(url.replace("w.pt", "missing.pt"))
+        server.shutdown()
+    assert equal(download.find_model(url), STATE_DICT)  # the server is gone

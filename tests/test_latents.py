@@ -1,0 +1,75 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+import latents
+
+
+@pytest.fixture(scope="module", params=[dict(latent_channels=4), dict(latent_channels=16, shift_factor=0.3)])
+def vae_folder(request, tmp_path_factory):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        scaling_factor=0.25,
+        **request.param,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return str(folder), request.param
+
+
+def test_pixel_space_is_the_identity():
+    space = latents.open_space("none", 1, "cpu")
+    x = torch.randn(2, 1, 8, 8)
+    assert space.encode(x) is x and space.decode(x) is x
+    assert latents.geometry("none", 1) == (1, 1)
+
+
+def test_geometry_comes_from_the_config(vae_folder):
+    folder, config = vae_folder
+    space = latents.open_space(folder, 3, "cpu")
+    assert latents.geometry(folder, 3) == (4, config["latent_channels"]) == (space.downsampling, space.channels)
+
+
+def test_encode_scales_and_shifts_the_posterior(vae_folder):
+    folder, config = vae_folder
+    space = latents.open_space(folder, 3, "cpu")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        posterior = AutoencoderKL.from_pretrained(folder).encode(images).latent_dist
+    noise = torch.randn(posterior.mean.shape)
+    expected = (posterior.mean + posterior.std * noise - config.get("shift_factor", 0)) * 0.25
+    torch.testing.assert_close(space.encode(images, noise), expected)
+    assert not torch.equal(space.encode(images), space.encode(images))
+
+
+def test_decode_undoes_the_scaling(vae_folder):
+    folder, config = vae_folder
+    space = latents.open_space(folder, 3, "cpu")
+    z = torch.randn(2, config["latent_channels"], 4, 4)
+    with torch.no_grad():
+        expected = AutoencoderKL.from_pretrained(folder).decode(z).sample
+    scaled = (z - config.get("shift_factor", 0)) * 0.25
+    torch.testing.assert_close(space.decode(scaled), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_autoencoder_is_frozen(vae_folder):
+    model = latents.open_space(vae_folder[0], 3, "cpu").model
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_released_autoencoders_are_known_without_the_network():
+    assert latents.geometry("ema", 3) == latents.geometry("mse", 3) == (8, 4)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/vae", "no-one/no-vae"])
+def test_an_autoencoder_that_is_not_there_is_named(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for function in (latents.geometry, latents.open_space):
+        arguments = (name, 3) if function is latents.geometry else (name, 3, "cpu")
+        with pytest.raises(ValueError, match=f"cannot load the VAE '{name}'.*Allowed: 'ema', 'mse'") as error:
+            function(*arguments)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,191 @@
+"""sample.py, demo.py and the room they share."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+import checkpoint
+import demo
+import options
+import sampling
+from models import SiT, SiT_models
+
+CPU = torch.device("cpu")
+EULER = options.ODE_DEFAULTS | {"sampling_method": "euler", "num_steps": 4}
+SDE = options.SDE_DEFAULTS | {"num_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def pipeline(digits_run):
+    return sampling.load_pipeline(digits_run, CPU)
+
+
+def generate(pipeline, labels, mode="ODE", settings=EULER, cfg_scale=2.0, seed=0, **more):
+    how = dict(mode=mode, settings=settings, cfg_scale=cfg_scale, seed=seed)
+    return sampling.generate(pipeline, labels, **how, **more)
+
+
+def test_a_checkpoint_of_train_needs_no_other_flag(digits_run, tmp_path):
+    result = run("sample.py", "--ckpt", digits_run, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (
+        "ODE dopri5" in result.stdout and "fp32" in result.stdout and "guidance 4 on 1 of 1 channels" in result.stdout
+    )
+    assert Image.open(tmp_path / "sample.png").size == (4 * 66 + 2, 3 * 66 + 2)
+    description = json.loads((tmp_path / "sample.json").read_text())
+    assert description["network_calls_per_image"] > 10 and description["class_labels"] == list(range(10))
+    assert (description["mode"], description["sampling_method"], description["cfg_scale"]) == ("ODE", "dopri5", 4.0)
+
+
+def test_the_pipeline_is_what_was_trained(pipeline, digits_run):
+    assert (pipeline.transport.prediction, pipeline.guided_channels) == ("velocity", None)
+    ema = torch.load(digits_run / "checkpoint-6" / "ema.pt", weights_only=True)
+    for key, value in pipeline.model.state_dict().items():
+        assert torch.equal(value, ema[key])
+    assert not pipeline.model.training
+
+
+@pytest.mark.parametrize("mode, settings", [("ODE", EULER), ("SDE", SDE), ("SDE", {**SDE, "sampling_method": "Heun"})])
+def test_an_image_depends_on_seed_and_index_alone(pipeline, mode, settings):
+    labels = [3, 1, 4, 1, 5, 9, 2]
+    images, _ = generate(pipeline, labels, mode, settings)
+    assert images.shape == (7, 8, 8, 1) and images.dtype == torch.uint8
+    in_batches, _ = generate(pipeline, labels, mode, settings, batch_size=3)
+    from_the_third, _ = generate(pipeline, labels[2:], mode, settings, first_index=2)
+    for other in (in_batches, from_the_third):
+        difference = images[-len(other) :].int() - other.int()
+        assert difference.abs().max() <= 1  # sums in another order may round to the next grey level
+    assert not torch.equal(images, generate(pipeline, labels, mode, settings, seed=1)[0])
+    assert not torch.equal(images[1], images[3])  # the same label, another index
+
+
+def test_network_calls_are_counted(pipeline):
+    assert generate(pipeline, [0, 1])[1] == 3
+    assert generate(pipeline, [0, 1], settings={**EULER, "sampling_method": "rk4"}, batch_size=1)[1] == 12
+    assert generate(pipeline, [0], "SDE", SDE)[1] == 4
+
+
+def test_guidance_equals_its_formula_and_scale_one_runs_no_unconditional_half(pipeline):
+    torch.manual_seed(0)
+    model = SiT(input_size=8, in_channels=4, hidden_size=32, depth=1, num_heads=4, num_classes=10).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+        x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([1, 2, 3])
+        conditional, unconditional = model(x, t, y), model(x, t, torch.full_like(y, 10))
+        expected = unconditional + 3 * (conditional - unconditional)
+        torch.testing.assert_close(sampling.guide(model, 3.0, None)(x, t, y), expected, atol=1e-5, rtol=1e-5)
+        expected[:, 3:] = conditional[:, 3:]
+        torch.testing.assert_close(sampling.guide(model, 3.0, 3)(x, t, y), expected, atol=1e-5, rtol=1e-5)
+    assert sampling.guide(model, 1.0, None) is model
+
+
+def test_noise_is_standard_normal_and_each_image_has_its_own():
+    noise = sampling.ImageNoise(0, range(64), CPU).draw((4, 32, 32))
+    assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
+    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(64)
+    assert correlation.abs().max() < 0.1
+    stream = sampling.ImageNoise(0, [5], CPU)
+    first, second = stream.draw((4, 32, 32)), stream.randn_like(noise[:1].double())
+    assert torch.equal(first[0], noise[5]) and not torch.equal(first.double(), second)
+    assert second.dtype == torch.float64
+
+
+def test_uint8_rounds_and_clamps():
+    grey = torch.tensor([0, 1, 127, 128, 254, 255])
+    exact = (grey / 127.5 - 1).reshape(1, 1, 1, 6)
+    assert sampling.to_uint8(exact).flatten().tolist() == grey.tolist()
+    assert sampling.to_uint8(exact + 0.49 / 127.5).flatten().tolist() == grey.tolist()
+    assert sampling.to_uint8(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+def test_the_grid_holds_the_images_in_rows(tmp_path):
+    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 8, 8, 1) * 40
+    sampling.save_grid(images, tmp_path / "grid.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    assert [[int(grid[34 + 66 * r, 34 + 66 * c, 0]) for c in range(3)] for r in range(2)] == [
+        [0, 40, 80],
+        [120, 160, 200],
+    ]
+
+
+def official_file(folder, arguments):
+    torch.manual_seed(0)
+    model = SiT_models["SiT-S/8"](input_size=8, num_classes=6, learn_sigma=False, depth=1)
+    path = folder / "official.pt"
+    torch.save({"model": model.state_dict(), "ema": model.state_dict(), "args": argparse.Namespace(**arguments)}, path)
+    return path
+
+
+def test_official_checkpoints_bring_their_arguments(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling.latents, "AutoencoderSpace", lambda vae, device: vae)
+    path = official_file(tmp_path, dict(path_type="VP", prediction="score", vae="mse", image_size=64, lr=1e-4))
+    pipeline = sampling.load_pipeline(path, CPU)
+    assert (pipeline.transport.prediction, pipeline.transport.sample_eps) == ("score", 1e-3)
+    assert pipeline.space == "mse" and pipeline.guided_channels == 3
+    assert sampling.load_pipeline(path, CPU, "all", sample_eps=0.01).transport.sample_eps == 0.01
+    with pytest.raises(ValueError, match="--path-type GVP contradicts"):
+        sampling.load_pipeline(path, CPU, path_type="GVP")
+
+
+def test_bare_weights_are_described_by_flags(digits_run, tmp_path):
+    path = tmp_path / "bare.pt"
+    torch.save(checkpoint.load_weights(digits_run).state_dict, path)
+    given = dict(num_heads=4, vae="none")
+    pipeline = sampling.load_pipeline(path, CPU, **given, path_type="GVP", prediction="noise")
+    assert pipeline.transport.prediction == "noise" and pipeline.model.num_classes == 10
+    with pytest.raises(ValueError, match="--vae ema makes 4"):
+        sampling.load_pipeline(path, CPU, num_heads=4)
+
+
+def test_guidance_scale_by_default_and_without_a_null_class():
+    with torch.device("meta"):
+        with_null, without = SiT(depth=1), SiT(depth=1, class_dropout_prob=0.0)
+    assert sampling.resolve_cfg_scale(None, with_null) == 4 and sampling.resolve_cfg_scale(None, without) == 1
+    assert sampling.resolve_cfg_scale(1.5, with_null) == 1.5 and sampling.resolve_cfg_scale(1.0, without) == 1
+    with pytest.raises(ValueError, match="null class"):
+        sampling.resolve_cfg_scale(1.5, without)
+
+
+# ---------------------------------------------------------------------------------------------- the demo's judgement
+
+
+def test_frechet_distance_in_closed_form():
+    """Samples with exactly the mean and covariance of a Gaussian; the distance of commuting covariances is known."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((400, 5))
+    base -= base.mean(0)
+    base = base @ np.linalg.inv(np.linalg.cholesky(np.cov(base.T))).T  # covariance exactly I
+    a, b = np.array([1.0, 2, 3, 0, 0.5]), np.array([2.0, 2, 1, 1, 0])  # standard deviations; rank-deficient
+    shift = np.array([1.0, 0, -2, 0, 0])
+    expected = ((a - b) ** 2).sum() + (shift**2).sum()
+    assert demo.frechet_distance(base * a, base[:, ::-1] * b + shift) == pytest.approx(expected, rel=1e-9)
+    assert demo.frechet_distance(base, base) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_judge_knows_real_digits_noise_and_collapse():
+    (_, _), (held_out, labels) = demo.split_digits()
+    images = torch.from_numpy((held_out * 255).astype(np.uint8)).reshape(-1, 8, 8, 1)
+    figures = demo.judge(images, labels)
+    assert figures["recognised"] == figures["recognised_real"] > 0.97
+    assert figures["fd_pixels"] == pytest.approx(figures["fd_pixels_real"], rel=0.05)
+    noise = demo.judge(torch.randint(0, 256, images.shape, dtype=torch.uint8), labels)
+    assert noise["recognised"] < 0.3 and noise["fd_pixels"] > figures["fd_pixels_collapsed"]
+    # One real digit per class, 50 times each: all recognised, and the distance tells.
+    collapsed = demo.judge(images[np.arange(500) // 50 * 50], labels)
+    assert collapsed["recognised"] > 0.9
+    assert collapsed["fd_pixels"] > 10 * figures["fd_pixels_real"]
+
+
+def test_demo_prints_its_figures_and_where_the_picture_is(digits_run, tmp_path):
+    result = run("demo.py", "--ckpt", digits_run, "--samples-per-class", 10, "--output", tmp_path / "digits.png")
+    assert result.returncode == 0, result.stderr
+    assert "recognised: " in result.stdout and "of 100 samples" in result.stdout and "real to real" in result.stdout
+    assert f"picture: {tmp_path / 'digits.png'}" in result.stdout
+    assert Image.open(tmp_path / "digits.png").size == (10 * 66 + 2, 10 * 66 + 2)

@@ -1,0 +1,138 @@
+"""train.py from its command line to its files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, read_metrics, run
+from diffusers import AutoencoderKL
+from PIL import Image
+from test_data import write_images
+
+import checkpoint
+import train
+from models import SiT
+
+
+def test_the_files_of_a_run(digits_run):
+    assert {path.name for path in digits_run.iterdir()} == {
+        "checkpoint-3",
+        "checkpoint-6",
+        "log.txt",
+        "metrics.jsonl",
+        "samples",
+    }
+    metrics = read_metrics(digits_run)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [line["samples_seen"] for line in metrics] == [16 * step for step in range(1, 7)]
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 and line["images_per_second"] > 0 for line in metrics)
+    # A new model predicts 0, and the mean square of x1 - x0 is 1 + that of the digits.
+    assert metrics[0]["loss"] == pytest.approx(1.72, abs=0.2)
+    log = (digits_run / "log.txt").read_text()
+    assert "16 images = micro batch 16 x 1 ranks x accumulation 1" in log and "(step=0000006) loss" in log
+    grid = np.asarray(Image.open(digits_run / "samples" / "0000006.png"))
+    assert grid.shape == (2 * 66 + 2, 10 * 66 + 2, 3) and grid.std() > 10
+
+
+def test_trainer_state_says_how_to_build_everything_again(digits_run):
+    state = json.loads((digits_run / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["step"] == 6 and state["samples_seen"] == 96 and state["epoch"] == pytest.approx(96 / 1797)
+    assert state["seed"] == 0 and state["args"]["lr"] == 1e-3 and state["versions"]["torch"] == torch.__version__
+    assert state["latents"] == {"vae": "none", "image_size": 8, "channels": 1}
+    model = SiT(**state["model"])
+    model.load_state_dict(checkpoint.load_weights(digits_run).state_dict)
+
+
+def test_weights_train_and_the_average_follows(digits_run):
+    states = [
+        checkpoint.load_weights(digits_run / f"checkpoint-6/{name}").state_dict
+        for name in ("model.safetensors", "ema.pt")
+    ]
+    earlier = checkpoint.load_weights(digits_run / "checkpoint-3/ema.pt").state_dict
+    key = "final_layer.linear.weight"
+    assert states[0][key].norm() > states[1][key].norm() > earlier[key].norm() > 0
+    assert torch.equal(states[0]["pos_embed"], states[1]["pos_embed"])
+
+
+def test_ema_is_the_recursion_of_its_definition():
+    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * ema.weight.detach() + 0.1 * model.weight.detach()
+    train.update_ema(ema, model, 0.9)
+    torch.testing.assert_close(ema.weight.detach(), expected)
+
+
+def test_what_is_random_belongs_to_the_place_in_the_global_batch():
+    def draw(step, start, end, seed=0):
+        return train.draw_randomness(seed, step, 16, slice(start, end), (1, 8, 8), torch.device("cpu"))
+
+    whole = draw(3, 0, 16)
+    for part, tensor in zip(draw(3, 4, 9), whole, strict=True):
+        assert torch.equal(part, tensor[4:9])
+    for other in (draw(4, 0, 16), draw(3, 0, 16, seed=1)):
+        assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+    uniform, drop, x0, posterior = whole
+    assert not torch.equal(uniform, drop) and not torch.equal(x0, posterior)
+
+
+@pytest.fixture(scope="module")
+def loss_curve_of_one_process(tmp_path_factory):
+    return losses(tmp_path_factory.mktemp("one"))
+
+
+def losses(folder, *arguments, processes=1):
+    """The loss of each of 12 steps of a tiny model on the digits."""
+    result = run("train.py", *TINY, "--max-steps", 12, "--output-dir", folder, *arguments, processes=processes)
+    assert result.returncode == 0, result.stderr
+    return [line["loss"] for line in read_metrics(folder)]
+
+
+@pytest.mark.parametrize(
+    "arguments, processes",
+    [(["--micro-batch-size", 4], 1), ([], 2), (["--micro-batch-size", 2, "--num-workers", 1], 2)],
+)
+def test_ranks_and_accumulation_do_not_change_the_loss_curve(arguments, processes, tmp_path, loss_curve_of_one_process):
+    curve = losses(tmp_path, *arguments, processes=processes)
+    assert len(curve) == 12 and len(set(curve)) == 12
+    np.testing.assert_allclose(curve, loss_curve_of_one_process, atol=1e-3)
+
+
+def test_the_seed_changes_the_loss_curve(tmp_path, loss_curve_of_one_process):
+    curve = losses(tmp_path, "--global-seed", 1)
+    assert np.abs(np.subtract(curve, loss_curve_of_one_process)).min() > 1e-4
+
+
+@pytest.mark.parametrize("path_type, prediction", [("GVP", "noise"), ("VP", "score")])
+def test_images_in_class_folders_through_an_autoencoder(path_type, prediction, tmp_path):
+    """Training, a grid and sampling on colour images, with a VAE that the test makes."""
+    images = write_images(tmp_path / "images", {"cat": [(20, 17)] * 5, "dog": [(16, 40)] * 4, "fox": [(16, 16)] * 3})
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    arguments = [*TINY, "--data-path", images, "--vae", tmp_path / "vae", "--image-size", 16, "--max-steps", 2]
+    arguments += ["--path-type", path_type, "--prediction", prediction, "--sample-every", 2, "--num-classes", 5]
+    result = run("train.py", *arguments, "--results-dir", tmp_path / "results")
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "results").iterdir()
+    assert folder.name == f"000-SiT-S-2-{path_type}-{prediction}-None"
+    assert Image.open(folder / "samples" / "0000002.png").size == (5 * 66 + 2, 2 * 66 + 2)
+    state = checkpoint.read_state(folder / "checkpoint-2")
+    assert state["model"]["num_classes"] == 5 and state["model"]["in_channels"] == 4
+    result = run("sample.py", "SDE", "--ckpt", folder, "--num-sampling-steps", 5, "--output", tmp_path / "grid.png")
+    assert result.returncode == 0, result.stderr
+    assert "SDE Euler, 5 network calls per image, guidance 4 on 4 of 4 channels" in result.stdout
+    # The same weights start another run, in a folder numbered after the first.
+    result = run("train.py", *arguments, "--results-dir", tmp_path / "results", "--ckpt", folder)
+    assert result.returncode == 0, result.stderr
+    assert {path.name[:3] for path in (tmp_path / "results").iterdir()} == {"000", "001"}
+
+
+def test_training_from_given_weights_starts_where_they_are(digits_run, tmp_path, loss_curve_of_one_process):
+    first = losses(tmp_path, "--ckpt", digits_run)[0]
+    # The same batch, noise and times as a new model's first step, so the six steps of the weights show.
+    assert first < loss_curve_of_one_process[0] - 0.005
