@@ -103,8 +103,8 @@ def load_weights(path):
     """Read the weights that `path` names, EMA where there is one.
 
     Args:
-        path: a run folder (its latest checkpoint), a checkpoint folder, a .safetensors file, or a .pt file: a bare state
-            dict or the official code's {'model', 'ema', 'opt', 'args'}. Tensors and plain data are read, never code.
+        path: a run folder (its latest checkpoint), a checkpoint folder, a .safetensors file, or a .pt file: a bare
+            state dict or the official code's {'model', 'ema', 'opt', 'args'}. Tensors and plain data are read, no code.
 
     Raises:
         ValueError: nothing readable is there; the message names the path and what is allowed.
@@ -130,7 +130,7 @@ def load_weights(path):
 
 
 def load_into(model, state_dict, source):
-    """Load a state dict into a model, every key of both. Raises ValueError that names `source` where they do not fit."""
+    """Load a state dict into a model, every key of both. Raises ValueError, naming `source`, where they do not fit."""
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -157,7 +157,7 @@ def _read_safetensors(path):
 
 
 def _read_pt(path):
-    # The official code stores its arguments as a Namespace: plain data, so it is let in; whatever else is code stays out.
+    # The official code stores its arguments as a Namespace: plain data, so it is let in, and nothing else is.
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

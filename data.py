@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from distributed import generator
+from distributed import ORDER_STREAM, generator
 
 
 @dataclasses.dataclass
@@ -97,9 +97,9 @@ class GlobalBatchSampler:
     """The (index, flip) keys of one rank's micro batches, step after step, without end.
 
     The order is one long sequence: a permutation of the data for each epoch, drawn from (seed, epoch) alone, one after
-    the other, so that no example is left out at an epoch's end. Step s takes places [s B, (s + 1) B) of it; each rank has
-    a contiguous share of those, in micro batches. What a step trains on is thus the same for any number of ranks, any
-    micro batch size, and after any restart.
+    the other, so that no example is left out at an epoch's end. Step s takes places [s B, (s + 1) B) of it; each rank
+    has a contiguous share of those, in micro batches. What a step trains on is thus the same for any number of ranks,
+    any micro batch size, and after any restart.
 
     Args:
         num_examples: size of the data set.
@@ -133,7 +133,7 @@ class GlobalBatchSampler:
             step += 1
 
     def _epoch_keys(self, epoch):
-        g = generator("cpu", self.seed, epoch)
+        g = generator("cpu", self.seed, ORDER_STREAM, epoch)
         order = torch.randperm(self.num_examples, generator=g).tolist()
         flips = (torch.rand(self.num_examples, generator=g) < 0.5).tolist() if self.mirror else [False] * len(order)
         return list(zip(order, flips, strict=True))

@@ -42,11 +42,11 @@ def to_features(images):
 
 
 def frechet_distance(x, y):
-    """Fréchet distance between Gaussians fitted to the rows of x (N, D) and y (M, D); 0 for equal sets (Heusel et al. 2017).
+    """Fréchet distance between Gaussians fitted to the rows of x (N, D) and y (M, D) (Heusel et al. 2017).
 
     |mean_x - mean_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^(1/2). The last trace is the sum of the singular values of
-    A_x^T A_y for any A with S = A A^T; the centred rows, scaled, are such an A. It needs no square root of a matrix, and
-    is exact for singular covariances.
+    A_x^T A_y for any A with S = A A^T; the centred rows, scaled, are such an A. It needs no square root of a matrix,
+    and is exact for singular covariances. 0 for equal sets.
     """
     centred_x, centred_y = (z - z.mean(0) for z in (x, y))
     centred_x, centred_y = centred_x / np.sqrt(len(x) - 1), centred_y / np.sqrt(len(y) - 1)
@@ -94,11 +94,12 @@ def main():
 
     print(sampling.summary(description))
     print(
-        f"recognised: {figures['recognised']:.1%} of {len(labels)} samples ({figures['recognised_real']:.1%} of held-out real digits)"
+        f"recognised: {figures['recognised']:.1%} of {len(labels)} samples "
+        f"({figures['recognised_real']:.1%} of held-out real digits)"
     )
     print(
-        f"Fréchet distance of pixels to real digits: {figures['fd_pixels']:.3f} (real to real {figures['fd_pixels_real']:.3f}, "
-        f"one image per class {figures['fd_pixels_collapsed']:.3f})"
+        f"Fréchet distance of pixels to real digits: {figures['fd_pixels']:.3f} "
+        f"(real to real {figures['fd_pixels_real']:.3f}, one image per class {figures['fd_pixels_collapsed']:.3f})"
     )
     print(f"picture: {output}")
 

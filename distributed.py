@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+# What a seed is used for, so that the same number of an epoch and of a step do not draw the same.
+ORDER_STREAM, STEP_STREAM = range(2)
+
 
 def init():
     """Join torchrun's process group, if this process belongs to one, and return this process's device.

@@ -33,8 +33,8 @@ def resolve(name_or_path):
     """Path on this machine of what `name_or_path` means; fetched there, once, if it is not here.
 
     Args:
-        name_or_path: a path (see `checkpoint.load_weights`); a released model, as 'SiT-XL/2-256', 'SiT-XL-2-256x256.pt' or
-            the name of a file in the repository; or an http(s) URL, with '#sha256=HEX' at its end to have it verified.
+        name_or_path: a path (see `checkpoint.load_weights`); a released model, as 'SiT-XL/2-256', 'SiT-XL-2-256x256.pt'
+            or a file's name in the repository; or an http(s) URL, with '#sha256=HEX' at its end to have it verified.
 
     Raises:
         ValueError: as `find_model`.

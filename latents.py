@@ -1,7 +1,7 @@
 """The space that the network works in: VAE latents, scaled and shifted to unit variance, or pixels as they are.
 
-Images are float tensors (N, 3, H, W) in [-1, 1] (in pixel space with the channels of the data). Nothing outside this file
-knows of scaling factors, shifts or the size of a latent.
+Images are float tensors (N, 3, H, W) in [-1, 1] (in pixel space with the channels of the data). Nothing outside this
+file knows of scaling factors, shifts or the size of a latent.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""SiT: the DiT transformer (Peebles & Xie 2023) as the velocity, noise or score network of an interpolant (Ma et al. 2024).
+"""SiT (Ma et al. 2024): the DiT transformer (Peebles & Xie 2023) as velocity, noise or score network of an interpolant.
 
 Shapes: N images, C channels, H = W = input_size, T = (H / patch_size)^2 tokens, D = hidden_size.
 """
@@ -217,7 +217,9 @@ class SiT(nn.Module):
         return x[:, : self.in_channels]
 
     def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=3):
-        """Classifier-free guidance (Ho & Salimans 2022) on a doubled batch: unconditional + scale (conditional - unconditional).
+        """Classifier-free guidance on a doubled batch: unconditional + scale (conditional - unconditional).
+
+        Ho & Salimans (2022), with their w = cfg_scale - 1.
 
         Args:
             x: (2N, C, H, W); the second half is ignored and the first used for both.

@@ -16,8 +16,8 @@ from transport import DIFFUSION_FORMS, LAST_STEPS, LOSS_WEIGHTS, ODE_METHODS, PA
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser for people: no abbreviations, an error is one line and exit code 2.
 
-    If a flag --config is added (`add_config_flag`), the keys of the YAML file it names are read as if the flags of these
-    names stood before all others on the command line, so that flags win over the file and both are checked alike.
+    If a flag --config is added (`add_config_flag`), the keys of the YAML file it names are read as if the flags of
+    these names stood before all others on the command line, so that flags win over the file and both are checked alike.
     """
 
     def __init__(self, description):

@@ -79,8 +79,8 @@ def add_guidance_flags(parser):
         "--guided-channels",
         lambda text: text if text == "all" else options.integer(1)(text),
         "N|all",
-        "leading channels that guidance acts on (default: all for checkpoints of train.py; 3 for others, as the released "
-        "models were sampled)",
+        "leading channels that guidance acts on (default: all for checkpoints of train.py; 3 for others, as the "
+        "released models were sampled)",
     )
 
 
@@ -88,7 +88,7 @@ WEIGHTS_FLAGS = ("model", "image_size", "num_classes", "num_heads", "vae", *chec
 
 
 def given_flags(args):
-    """The flags of `add_weights_flags` and `options.add_transport_flags` that were given: what to hold weights against."""
+    """The flags of `add_weights_flags` and `options.add_transport_flags` that were given, by name."""
     return {key: getattr(args, key) for key in WEIGHTS_FLAGS if getattr(args, key) is not None}
 
 
@@ -140,8 +140,8 @@ def _model_config(weights, given):
         config.setdefault("num_heads", given.get("num_heads", size.get("num_heads")))
         if config["num_heads"] is None:
             raise ValueError(
-                f"{weights.path} has width {config['hidden_size']}, which is none of S, B, L, XL, so its number of attention "
-                "heads cannot be told; give --num-heads"
+                f"{weights.path} has width {config['hidden_size']}, which is none of S, B, L, XL, so its number of "
+                "attention heads cannot be told; give --num-heads"
             )
     if "model" in given:
         for key, value in size.items():
@@ -154,12 +154,12 @@ def _model_config(weights, given):
 
 
 def _transport_config(weights, given):
-    """Arguments of create_transport: the checkpoint's, where flags say nothing; what the network is cannot be changed."""
+    """Arguments of create_transport: the flags', then the checkpoint's; what the network was trained for is fixed."""
     config = weights.config.get("transport", {})
     for key in ("path_type", "prediction"):
         if given.get(key, config.get(key)) != config.get(key, given.get(key)):
             raise ValueError(
-                f"--{key.replace('_', '-')} {given[key]} contradicts the checkpoint, which was trained with {config[key]}"
+                f"--{key.replace('_', '-')} {given[key]} contradicts the checkpoint, trained with {config[key]}"
             )
     return config | {key: given[key] for key in checkpoint.TRANSPORT_KEYS if key in given}
 
@@ -209,8 +209,9 @@ def guide(model, cfg_scale, guided_channels):
 class ImageNoise:
     """Standard normal noise for images by their index: row i depends on (seed, index i) alone, on any device.
 
-    Each image has a stream of its own, from which `draw` and `randn_like` take turn by turn, so what an image gets depends
-    neither on the batch it is in nor on the number of processes. Drawn on the CPU, where it is the same on every machine.
+    Each image has a stream of its own, from which `draw` and `randn_like` take turn by turn, so what an image gets
+    depends neither on the batch it is in nor on the number of processes. Drawn on the CPU, where it is the same on
+    every machine.
     """
 
     def __init__(self, seed, indices, device):
@@ -246,8 +247,8 @@ def generate(pipeline, labels, *, mode, settings, cfg_scale, seed, first_index=0
         show_progress: a bar of network calls, on a terminal.
 
     Returns:
-        (images, calls): uint8 (N, H, W, C) on the CPU, and the number of network calls per image (the most that any batch
-        took).
+        (images, calls): uint8 (N, H, W, C) on the CPU, and the number of network calls per image, the most that any
+        batch took.
     """
     model, device = pipeline.model, pipeline.device
     shape = (model.in_channels, model.input_size, model.input_size)

@@ -135,7 +135,7 @@ def main():
     log.line(f"run folder {output_dir}")
     log.line(f"{sum(p.numel() for p in model.parameters()):,} parameters; {json.dumps(config['model'])}")
     log.line(
-        f"{len(dataset):,} images, {model.num_classes} classes; latents {latent_shape}; {json.dumps(config['transport'])}"
+        f"{len(dataset):,} images of {model.num_classes} classes as {latent_shape}; {json.dumps(config['transport'])}"
     )
     log.line(
         f"{max_steps:,} steps of {args.global_batch_size} images = micro batch {micro_batch_size} x {world_size} ranks "
@@ -240,8 +240,8 @@ def resolve_config(args, source):
     multiple = downsampling * model["patch_size"]
     if image_size % multiple:
         raise ValueError(
-            f"--image-size {image_size} does not divide: with --vae {args.vae} (downsampling {downsampling}) and patches of "
-            f"{model['patch_size']} it must be a multiple of {multiple}"
+            f"--image-size {image_size} does not divide: with --vae {args.vae} (downsampling {downsampling}) and "
+            f"patches of {model['patch_size']} it must be a multiple of {multiple}"
         )
     if args.in_channels not in (None, channels):
         raise ValueError(
@@ -294,7 +294,7 @@ def draw_randomness(seed, step, global_batch_size, places, latent_shape, device)
     They depend on (seed, step, place) alone: every rank draws them for the whole global batch and keeps its own, which
     costs little and lets a run change its number of ranks.
     """
-    g = distributed.generator(device, seed, step)
+    g = distributed.generator(device, seed, distributed.STEP_STREAM, step)
     uniform, drop = torch.rand(2, global_batch_size, generator=g, device=device)[:, places]
     x0, posterior_noise = torch.randn(2, global_batch_size, *latent_shape, generator=g, device=device)[:, places]
     return uniform, drop, x0, posterior_noise
@@ -344,7 +344,7 @@ def start_wandb(args, output_dir):
 
 
 class RunLog:
-    """The run's log: lines on stdout and in log.txt, figures in metrics.jsonl as well; rank 0 writes, others are silent."""
+    """The run's log: lines on stdout and in log.txt, figures in metrics.jsonl as well; silent on all ranks but 0."""
 
     def __init__(self, output_dir, wandb):
         self.wandb = wandb

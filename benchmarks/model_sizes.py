@@ -22,7 +22,11 @@ def measure(name, input_size):
     """(parameters, multiply-adds of one forward pass) of a model on latents of input_size x input_size."""
     with torch.device("meta"):
         model = SiT_models[name](input_size=input_size)
-        x, t, y = torch.empty(1, LATENT_CHANNELS, input_size, input_size), torch.empty(1), torch.empty(1, dtype=torch.long)
+        x, t, y = (
+            torch.empty(1, LATENT_CHANNELS, input_size, input_size),
+            torch.empty(1),
+            torch.empty(1, dtype=torch.long),
+        )
     with FlopCounterMode(display=False) as counter:
         model(x, t, y)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

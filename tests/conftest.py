@@ -83,7 +83,7 @@ TINY = (
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
-    """The folder of a short run of a tiny model on the digits, with checkpoints at steps 3 and 6 and one sample grid."""
+    """The folder of a short run of a tiny model on the digits, with checkpoints at steps 3 and 6 and one grid."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     arguments = [*TINY, "--max-steps", 6, "--ckpt-every", 3, "--sample-every", 6, "--output-dir", folder]
     result = run("train.py", *arguments)

@@ -30,11 +30,11 @@ def exact_flow(path, x, t0, t1, mean=0.5, std=0.7):
 
 # ---------------------------------------------------------------------------------------------- golden values
 
-# The official code maps a reversed interval to [1 - t0, 1 - t1]. On VP, whose interval is not symmetric, that is another
-# interval than the one sampled over, so there the stepper is held to the golden value, not `reverse`.
+# The official code maps a reversed interval to [1 - t0, 1 - t1]. On VP, whose interval is not symmetric, that is
+# another interval than the one sampled over, so there the stepper is held to the golden value, not `reverse`.
 OFFICIAL_REVERSED_VP = torch.linspace(1, 1e-3, 20)
 # On VP with score prediction the official solver steps past the end and interpolates back. The golden end state is
-# 1.5e-4 from the exact solution, within its tolerance (rtol 1e-3) but not within 1e-4.
+# 1.5e-4 from the exact solution (dopri5 with rtol 1e-6), within its own tolerance (rtol 1e-3) but not within 1e-4.
 LOOSE = {"VP/score/ode/dopri5": 1e-3}
 
 
@@ -197,8 +197,8 @@ def test_every_sde_gives_the_right_distribution(path_type, prediction, method):
         end = sample(torch.randn(5_000, 2, generator=generator), network)[-1]
         assert network.calls == sample.network_calls
         mean, std = end.mean().item(), end.std().item()
-        # 10,000 numbers: the standard errors are 0.007 and 0.005. The rest is the bias of 250 steps and of 'Mean', which
-        # leaves out the noise of its step, 2 w last_step_size of the variance: 0.02 of 0.49 for the constant form.
+        # 10,000 numbers: the standard errors are 0.007 and 0.005. The rest is the bias of 250 steps and of 'Mean',
+        # which leaves out its step's noise, 2 w last_step_size of variance: 0.02 of 0.49 for the constant form.
         if not (abs(mean - 0.5) < 0.03 and abs(std - 0.7) < 0.03):
             wrong.append((form, last_step, mean, std))
     assert not wrong
@@ -264,8 +264,8 @@ def test_likelihood_uses_one_probe_per_solve():
     matrix = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
     x = torch.zeros(200, 2, dtype=torch.float64)
     logp, _ = Sampler(transport).sample_ode_likelihood()(x, lambda x, t: x @ matrix.T)
-    # The exact log-likelihood is that of the prior; each sample's estimate is off by its own p1 p2 = +-1 for the unit of
-    # time that the solve lasts. Probes drawn at every call would average out.
+    # The exact log-likelihood is that of the prior; each sample's estimate is off by its own p1 p2 = +-1 for the unit
+    # of time that the solve lasts. Probes drawn at every call would average out.
     difference = (logp - transport.prior_logp(x)).round(decimals=4)
     assert set(difference.tolist()) == {-1.0, 1.0}
 

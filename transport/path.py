@@ -20,7 +20,7 @@ DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increas
 
 
 def expand_like(t, x):
-    """Reshape t (N,) to (N, 1, ..., 1) with as many dimensions as x (N, ...), so that it multiplies sample by sample."""
+    """Reshape t (N,) to (N, 1, ..., 1) with as many dimensions as x (N, ...), so that it multiplies row by row."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
@@ -120,7 +120,7 @@ class Path(abc.ABC):
 
 
 class LinearPath(Path):
-    """alpha = t, sigma = 1 - t (SiT's Linear interpolant; rectified flow, flow matching with optimal-transport path)."""
+    """alpha = t, sigma = 1 - t (also known as rectified flow, or flow matching on the optimal-transport path)."""
 
     def alpha(self, t):
         return t

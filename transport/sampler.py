@@ -75,9 +75,9 @@ class Sampler:
         Args:
             sampling_method: 'Euler' (Euler-Maruyama) or 'Heun'.
             diffusion_form, diffusion_norm: the shape and scale of w; see `Path.diffusion`.
-            last_step: how to get from t = 1 - last_step_size to 1, where the score is singular: 'Mean' (the drift of the
-                SDE, no noise), 'Tweedie' (the posterior mean), 'Euler' (the velocity of the ODE), or None: the SDE is
-                integrated to the end of the interval and stops there.
+            last_step: how to get from t = 1 - last_step_size to 1, where the score is singular: 'Mean' (the drift of
+                the SDE, no noise), 'Tweedie' (the posterior mean), 'Euler' (the velocity of the ODE), or None: the SDE
+                is integrated to the end of the interval and stops there.
             last_step_size: in (0, 1); of no effect without a last step. A larger `sample_eps` takes its place.
             num_steps: time points of the SDE; the last step comes on top.
             trajectory: keep every state, not the end state alone.
@@ -190,7 +190,7 @@ class Sampler:
         return log_likelihood
 
     def _check_regular(self, t0, t1, diffusion_form=None):
-        """Raise ValueError where the drift is singular at an end of [t0, t1], which an eps that the user gave can cause."""
+        """Raise ValueError where the drift is singular at t0 or t1, as a sample_eps that the user gave can make it."""
         for t in (t0, t1):
             if t is None:
                 continue
@@ -201,8 +201,8 @@ class Sampler:
                 drift = drift + diffusion * (1 + self.transport.score(one, one, t))
             if not torch.isfinite(drift).all():
                 raise ValueError(
-                    f"sample_eps = {self.transport.sample_eps} evaluates the drift at t = {t.item():g}, where it is singular for "
-                    f"prediction {self.transport.prediction!r} on this path; use a sample_eps above 0, such as 1e-3"
+                    f"sample_eps = {self.transport.sample_eps} evaluates the drift at t = {t.item():g}, where it is "
+                    f"singular for prediction {self.transport.prediction!r} on this path; use one above 0, such as 1e-3"
                 )
 
 

@@ -84,7 +84,7 @@ class Transport:
         return {"loss": loss, "pred": pred}
 
     def _weight(self, t):
-        """Weight of noise and score losses that are taken on x0; velocity losses carry the weight of their own already."""
+        """Weight (N,) of noise and score losses, both of which are squared errors of x0."""
         alpha, sigma, wronskian = self.path.alpha(t), self.path.sigma(t), self.path.wronskian(t)
         if self.loss_weight == "velocity":
             return (wronskian / alpha) ** 2
