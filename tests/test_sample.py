@@ -100,7 +100,8 @@ def test_uint8_rounds_and_clamps():
     grey = torch.tensor([0, 1, 127, 128, 254, 255])
     exact = (grey / 127.5 - 1).reshape(1, 1, 1, 6)
     assert sampling.to_uint8(exact).flatten().tolist() == grey.tolist()
-    assert sampling.to_uint8(exact + 0.49 / 127.5).flatten().tolist() == grey.tolist()
+    for off in (-0.49, 0.49):
+        assert sampling.to_uint8(exact + off / 127.5).flatten().tolist() == grey.tolist()
     assert sampling.to_uint8(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
 
 

@@ -94,7 +94,8 @@ def losses(folder, *arguments, processes=1):
 def test_ranks_and_accumulation_do_not_change_the_loss_curve(arguments, processes, tmp_path, loss_curve_of_one_process):
     curve = losses(tmp_path, *arguments, processes=processes)
     assert len(curve) == 12 and len(set(curve)) == 12
-    np.testing.assert_allclose(curve, loss_curve_of_one_process, atol=1e-3)
+    # The order of sums alone differs. A label dropped elsewhere shows as 1e-4 in so short a run.
+    np.testing.assert_allclose(curve, loss_curve_of_one_process, atol=1e-5)
 
 
 def test_the_seed_changes_the_loss_curve(tmp_path, loss_curve_of_one_process):
