@@ -195,8 +195,15 @@ def model_config_from_shapes(state_dict):
     """The arguments of SiT that the shapes of its weights tell: all but num_heads, which a known width tells.
 
     A null class is taken to be there, as in all released weights. For a width that is not in `SIZES`, 'num_heads' is
-    missing from the result.
+    missing from the result. Raises ValueError for shapes that are not a SiT's.
     """
+    try:
+        return _model_config_from_shapes(state_dict)
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"the weights' names and shapes are not those of a SiT: {error}") from error
+
+
+def _model_config_from_shapes(state_dict):
     tokens, hidden_size = state_dict["pos_embed"].shape[1:]
     in_channels, patch_size = state_dict["x_embedder.proj.weight"].shape[1:3]
     outputs = state_dict["final_layer.linear.weight"].shape[0]

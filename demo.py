@@ -7,7 +7,6 @@ Two figures, each beside what real digits give:
   beside it, the distance between two sets of real digits, and what total collapse (one image per class) would give.
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -78,7 +77,9 @@ def main():
     add("--seed", options.integer(0), "SEED", "image i depends on the seed and i alone", default=0)
     add("--output", pathlib.Path, "FILE.png", "picture of 100 samples (default: digits.png in the folder of --ckpt)")
     args = parser.parse_args()
+    output = args.output or pathlib.Path(args.ckpt) / "digits.png"
     with options.user_errors(parser):
+        sampling.check_output(output)
         pipeline = sampling.load_pipeline(args.ckpt, distributed.init())
         if (pipeline.model.input_size, pipeline.model.in_channels, pipeline.model.num_classes) != (8, 1, 10):
             raise ValueError(f"--ckpt {args.ckpt} is not of a run on the digits")
@@ -86,11 +87,10 @@ def main():
     labels = list(range(10)) * args.samples_per_class
     how = dict(mode="ODE", settings=options.ODE_DEFAULTS | {"num_steps": 50}, cfg_scale=args.cfg_scale, seed=args.seed)
     images, calls = sampling.generate(pipeline, labels, batch_size=500, **how)
-    output = args.output or pathlib.Path(args.ckpt) / "digits.png"
     sampling.save_grid(images[:100], output, columns=10)
     description = sampling.describe(pipeline, **how, calls=calls)
     figures = judge(images, np.array(labels))
-    output.with_suffix(".json").write_text(json.dumps({**description, **figures}, indent=2) + "\n")
+    sampling.save_description({**description, **figures}, output.with_suffix(".json"))
 
     print(sampling.summary(description))
     print(

@@ -4,7 +4,12 @@ Images are float tensors (N, 3, H, W) in [-1, 1] (in pixel space with the channe
 file knows of scaling factors, shifts or the size of a latent.
 """
 
+import pathlib
+import warnings
+
 import torch
+
+import hub
 
 # The autoencoders of the released models, by their short names. Their geometry stands here so that sizes can be checked
 # without the network.
@@ -41,11 +46,8 @@ class AutoencoderSpace:
     def __init__(self, vae, device):
         from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does without
 
-        name = RELEASED_VAES.get(vae, vae)
-        try:
-            self.model = AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(_not_loadable(vae, name, error)) from error
+        model = _from_hub_or_folder(AutoencoderKL.from_pretrained, vae)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.downsampling, self.channels = _geometry(self.model.config)
         self.scale = self.model.config.scaling_factor
         self.shift = self.model.config.get("shift_factor") or 0.0
@@ -80,20 +82,28 @@ def geometry(vae, pixel_channels):
         return RELEASED_GEOMETRY
     from diffusers import AutoencoderKL
 
-    try:
-        return _geometry(AutoencoderKL.load_config(vae))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(_not_loadable(vae, vae, error)) from error
+    return _geometry(_from_hub_or_folder(AutoencoderKL.load_config, vae))
 
 
 def _geometry(config):
     return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
 
 
-def _not_loadable(vae, name, error):
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"cannot load the VAE {vae!r} ({name}): {reason} "
-        "Allowed: 'ema', 'mse' or a hub name (with the network there, or the files in the hub's cache), "
-        "a folder of diffusers' AutoencoderKL, or 'none' for pixel space"
-    )
+def _from_hub_or_folder(load, vae):
+    """load(name of the VAE), from a folder or the hub's cache if it is there, else from the hub. Raises ValueError."""
+    name = RELEASED_VAES.get(vae, vae)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of diffusers about its own calls of the hub
+            try:
+                return load(name, local_files_only=True)
+            except OSError:
+                if pathlib.Path(name).exists():
+                    raise
+                hub.require(f"the VAE {name}")
+                return load(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"cannot load the VAE {vae!r}: {' '.join(str(error).split())} - allowed are 'ema', 'mse', a hub name, a "
+            "folder of diffusers' AutoencoderKL, and 'none' for pixel space"
+        ) from error

@@ -61,9 +61,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--config {path}: unknown key {key!r}{self._nearest(flag)} (keys are the flags' names)")
             if value is None:
                 continue  # the flag's default
-            takes_no_value = action.nargs == 0
-            if takes_no_value != isinstance(value, bool) or isinstance(value, dict):
-                allowed = "true or false" if takes_no_value else "a value"
+            takes_no_value, takes_list = action.nargs == 0, action.nargs == "+"
+            wrong_kind = takes_no_value != isinstance(value, bool) or (isinstance(value, list) and not takes_list)
+            if wrong_kind or isinstance(value, dict):
+                allowed = "true or false" if takes_no_value else "a list" if takes_list else "a value"
                 self.error(f"--config {path}: {key} must be {allowed}, not {value!r}")
             if value is True:
                 words.append(flag)

@@ -32,7 +32,7 @@ def main():
     args = parser.parse_args()
     with options.user_errors(parser):
         settings = options.solver_settings(args)
-        check_output(args.output)
+        sampling.check_output(args.output)
         device = distributed.init()
         pipeline = sampling.load_pipeline(args.ckpt, device, args.guided_channels, **sampling.given_flags(args))
         labels = args.class_labels or sampling.default_labels(pipeline.model.num_classes)
@@ -51,14 +51,6 @@ def main():
     )
     print(sampling.summary(description))
     print(args.output)
-
-
-def check_output(path):
-    """Raise ValueError where the grid could not be written when it is done."""
-    if path.suffix != ".png":
-        raise ValueError(f"--output {path} must end in .png")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: the folder {path.parent} does not exist")
 
 
 if __name__ == "__main__":

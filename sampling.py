@@ -107,7 +107,11 @@ def load_pipeline(ckpt, device, guided_channels=None, **given):
         download.resolve(ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}")
     )
     model_config = _model_config(weights, given)
-    transport = create_transport(**_transport_config(weights, given))
+    try:
+        model = SiT(**model_config)
+        transport = create_transport(**_transport_config(weights, given))
+    except TypeError as error:
+        raise ValueError(f"{weights.path}: {checkpoint.STATE_FILE} beside it is damaged: {error}") from error
     vae = given.get("vae") or weights.config.get("latents", {}).get("vae", "ema")
     downsampling, channels = latents.geometry(vae, model_config["in_channels"])
     image_size = model_config["input_size"] * downsampling
@@ -117,7 +121,6 @@ def load_pipeline(ckpt, device, guided_channels=None, **given):
         raise ValueError(
             f"--image-size {given['image_size']} contradicts the weights: they make images of {image_size} pixels"
         )
-    model = SiT(**model_config)
     checkpoint.load_into(model, weights.state_dict, weights.path)
     guided_channels = guided_channels or ("all" if weights.own else 3)
     return Pipeline(
@@ -281,6 +284,14 @@ def generate(pipeline, labels, *, mode, settings, cfg_scale, seed, first_index=0
 def to_uint8(images):
     """Images (N, C, H, W) in [-1, 1] as uint8 (N, H, W, C) on the CPU, rounded to the nearest grey level."""
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def check_output(path):
+    """Raise ValueError where a grid could not be written to `path` when it is done."""
+    if path.suffix != ".png":
+        raise ValueError(f"--output {path} must end in .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: the folder {path.parent} does not exist")
 
 
 def save_grid(images, path, columns, min_side=64):

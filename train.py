@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import time
 
 import torch
@@ -273,8 +274,7 @@ def choose_output_dir(args):
         return None
     output_dir = args.output_dir
     if output_dir is None:
-        args.results_dir.mkdir(parents=True, exist_ok=True)
-        number = len([path for path in args.results_dir.iterdir() if path.is_dir()])
+        number = len(list(args.results_dir.glob("*/")))
         name = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
         while (output_dir := args.results_dir / f"{number:03d}-{name}").exists():
             number += 1
@@ -284,7 +284,7 @@ def choose_output_dir(args):
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output-dir {output_dir} cannot be made: {error.strerror}") from error
+        raise ValueError(f"the run's folder {output_dir} cannot be made: {error.strerror}") from error
     return output_dir
 
 
@@ -356,6 +356,7 @@ class RunLog:
     def line(self, text):
         if self.active:
             tqdm.write(text)
+            sys.stdout.flush()  # a log that is piped to a file is watched too
             self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, **figures):

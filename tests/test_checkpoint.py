@@ -138,6 +138,10 @@ def test_other_things_are_named(tmp_path):
     torch.save({"a": 1}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="no state dict"):
         checkpoint.load_weights(tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="not those of a SiT"):
+        checkpoint.model_config_from_shapes({**STATE_DICT, "pos_embed": torch.zeros(3)})
+    with pytest.raises(ValueError, match="not those of a SiT"):
+        checkpoint.model_config_from_shapes({k: v for k, v in STATE_DICT.items() if not k.startswith("blocks")})
     torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="not of a SiT"):
         checkpoint.load_weights(tmp_path / "w.pt")

@@ -70,6 +70,6 @@ def test_an_autoencoder_that_is_not_there_is_named(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for function in (latents.geometry, latents.open_space):
         arguments = (name, 3) if function is latents.geometry else (name, 3, "cpu")
-        with pytest.raises(ValueError, match=f"cannot load the VAE '{name}'.*Allowed: 'ema', 'mse'") as error:
+        with pytest.raises(ValueError, match=f"cannot load the VAE '{name}'.*allowed are 'ema', 'mse'") as error:
             function(*arguments)
         assert "\n" not in str(error.value)

@@ -116,6 +116,26 @@ def test_the_grid_holds_the_images_in_rows(tmp_path):
     ]
 
 
+DAMAGES = {
+    "missing part": lambda state: state.pop("model"),
+    "unknown argument": lambda state: state["model"].update(width=3),
+    "wrong type": lambda state: state["model"].update(depth="two"),
+    "other depth": lambda state: state["model"].update(depth=3),
+    "unknown path": lambda state: state["transport"].update(path_type="Cubic"),
+    "not a dict": lambda state: state.update(transport=[1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_trainer_state_is_named(damage, digits_run, tmp_path):
+    state = checkpoint.read_state(digits_run / "checkpoint-6")
+    DAMAGES[damage](state)
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "ema.pt").write_bytes((digits_run / "checkpoint-6" / "ema.pt").read_bytes())
+    with pytest.raises(ValueError, match="damaged|does not fit|unknown path type"):
+        sampling.load_pipeline(tmp_path, CPU)
+
+
 def official_file(folder, arguments):
     torch.manual_seed(0)
     model = SiT_models["SiT-S/8"](input_size=8, num_classes=6, learn_sigma=False, depth=1)
