@@ -34,7 +34,15 @@ def build_parser():
     at_least_one, positive = options.integer(1), options.number(0, exclude_minimum=True)
 
     add = options.flag_group(parser, "data")
-    add("--data-path", str, "FOLDER|digits", "folder of class folders of images, or scikit-learn's handwritten digits")
+    path = "digits (scikit-learn's), a folder of class folders, a saved Dataset, Parquet or Arrow files, or a hub name"
+    add("--data-path", str, "PATH|NAME|digits", path)
+    kind = f"one of {', '.join(data.FORMATS)} (default: what --data-path is)"
+    add("--data-format", options.one_of(*data.FORMATS), "FORMAT", kind)
+    add("--image-key", str, "COLUMN", "column of the images, in all but digits and class folders", default="image")
+    add("--label-key", str, "COLUMN", "column of the class labels, likewise", default="label")
+    add("--split", str, "NAME", "split to train on, where the data has several", default="train")
+    skip = "leave out images that cannot be read and labels that are no class, and count them in the log"
+    parser.add_argument("--skip-bad-images", action="store_true", help=f"{skip} (default: stop and name the first)")
     size = "images are resized and cropped to this (default: the data's own size where all images have one, else 256)"
     add("--image-size", at_least_one, "PIXELS", size)
     vae = "autoencoder whose latents to train on: sd-vae-ft-ema or -mse, none for pixels, a hub name, a folder"
@@ -96,8 +104,8 @@ def main():
             args.global_batch_size, args.micro_batch_size, distributed.world_size()
         )
         if args.data_path is None:
-            raise ValueError("--data-path is missing: give a folder of class folders of images, or digits")
-        source = data.open_source(args.data_path)
+            raise ValueError("--data-path is missing: --help says what it can be, digits for one")
+        source = data.open_source(args.data_path, args.data_format, args.image_key, args.label_key, args.split)
         config = resolve_config(args, source)
         transport = create_transport(**config["transport"])
         torch.manual_seed(args.global_seed)
@@ -114,7 +122,9 @@ def main():
     trained = distributed.data_parallel(model, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    dataset = data.ImageDataset(source, config["latents"]["image_size"], 3 if args.vae != "none" else source.channels)
+    image_channels = source.channels if args.vae == "none" else 3
+    image_size, num_classes = config["latents"]["image_size"], config["model"]["num_classes"]
+    dataset = data.ImageDataset(source, image_size, image_channels, num_classes)
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = data.GlobalBatchSampler(
         len(dataset),
@@ -147,6 +157,7 @@ def main():
     model.train()
     loss_sum = torch.zeros((), device=device)
     logged_step, since = 0, time.perf_counter()
+    waiting, bad_images = 0.0, 0
     for step in tqdm(range(max_steps), unit="step", disable=None if rank == 0 else True):
         # All that is random about this step, for this rank's places in the global batch.
         uniform, drop, x0, posterior_noise = draw_randomness(
@@ -157,7 +168,14 @@ def main():
 
         # Forward and backward, micro batch by micro batch.
         for i in range(accumulation):
-            images, labels = next(batches)
+            waited = time.perf_counter()
+            images, labels, problems = next(batches)
+            waiting += time.perf_counter() - waited
+            if problems and not args.skip_bad_images:
+                parser.error(f"{problems[0]} (--skip-bad-images leaves such examples out)")
+            for problem in problems:
+                log.line(f"(step={step + 1:07d}) left out {problem}")
+            bad_images += len(problems)
             micro = slice(i * micro_batch_size, (i + 1) * micro_batch_size)
             x1 = space.encode(images.to(device, non_blocking=True), posterior_noise[micro])
             y = labels.to(device, non_blocking=True)
@@ -187,9 +205,11 @@ def main():
                 gradient_norm=gradient_norm.item(),
                 learning_rate=args.lr,
                 images_per_second=(done - logged_step) * args.global_batch_size / seconds,
+                data_wait=waiting / seconds,
+                bad_images=bad_images,
             )
             loss_sum.zero_()
-            logged_step, since = done, time.perf_counter()
+            logged_step, since, waiting = done, time.perf_counter(), 0.0
 
         # Draw a grid from the average, and save. Their time is not training's.
         pause = time.perf_counter()
@@ -249,8 +269,8 @@ def resolve_config(args, source):
             f"--in-channels {args.in_channels} contradicts --vae {args.vae}, which gives {channels} channels"
         )
     num_classes = args.num_classes or source.num_classes
-    if num_classes < source.num_classes:
-        raise ValueError(f"--num-classes {num_classes} is too few: the data has {source.num_classes} classes")
+    if not args.skip_bad_images:
+        source.check_labels(num_classes)
     model |= dict(
         input_size=image_size // downsampling,
         in_channels=channels,
@@ -362,7 +382,7 @@ class RunLog:
     def metrics(self, **figures):
         self.line(
             f"(step={figures['step']:07d}) loss {figures['loss']:.4f}, gradient norm {figures['gradient_norm']:.3f}, "
-            f"{figures['images_per_second']:.1f} images/s"
+            f"{figures['images_per_second']:.1f} images/s, {figures['data_wait']:.0%} of the time waiting for data"
         )
         if self.active:
             self.figures.write(json.dumps(figures) + "\n")

@@ -24,7 +24,8 @@ def test_digits_are_the_real_ones():
     source = data.open_source("digits")
     assert (len(source.examples), source.num_classes, source.channels, source.image_size) == (1797, 10, 1, 8)
     dataset = data.ImageDataset(source, 8, 1)
-    image, label = dataset[0, False]
+    image, label, problems = dataset[0, False]
+    assert problems == []
     assert label == 0 and image.shape == (1, 8, 8) and image.dtype == torch.float32
     # The first digit's first row, as scikit-learn documents it: 0, 0, 5, 13, 9, 1, 0, 0 of 16.
     torch.testing.assert_close(image[0, 0], torch.tensor([0, 0, 5, 13, 9, 1, 0, 0]) / 8 - 1, atol=0.004, rtol=0)
@@ -37,7 +38,7 @@ def test_class_folders_in_sorted_order(tmp_path):
     source = data.open_source(str(tmp_path))
     assert source.num_classes == 3 and source.image_size is None
     assert [label for _, label in source.examples] == [0, 0, 1, 2]
-    image, label = data.ImageDataset(source, 8, 3)[2, False]
+    image, label, _ = data.ImageDataset(source, 8, 3)[2, False]
     assert image.shape == (3, 8, 8) and label == 1
     assert -1 <= image.min() < -0.5 and 0.5 < image.max() <= 1
 
@@ -49,8 +50,8 @@ def test_images_of_any_mode_become_rgb(mode, fill):
     image = Image.new(mode, (8, 8), fill)
     if mode == "P":
         image.putpalette([value for grey in range(256) for value in (grey, grey, grey)])
-    source = data.Source([(image, 0)], 1, 3, None, True)
-    pixels, _ = data.ImageDataset(source, 8, 3)[0, False]
+    source = data.Source([(image, 0)], np.zeros(1, int), str, num_classes=1)
+    pixels, _, _ = data.ImageDataset(source, 8, 3)[0, False]
     torch.testing.assert_close(pixels, torch.full((3, 8, 8), 51 / 127.5 - 1), atol=0.01, rtol=0)
 
 
@@ -116,15 +117,25 @@ def test_the_loader_keeps_the_samplers_order(workers):
     dataset = data.ImageDataset(data.open_source("digits"), 8, 1)
     sampler = data.GlobalBatchSampler(1797, 24, 8, seed=0, rank=0, world_size=1, mirror=True)
     loader = data.make_loader(dataset, sampler, workers, torch.device("cpu"))
-    for keys, (images, labels) in zip(itertools.islice(sampler, 6), loader, strict=False):
+    for keys, (images, labels, problems) in zip(itertools.islice(sampler, 6), loader, strict=False):
         expected = [dataset[key] for key in keys]
-        torch.testing.assert_close(images, torch.stack([image for image, _ in expected]), rtol=0, atol=0)
-        assert labels.tolist() == [label for _, label in expected]
+        torch.testing.assert_close(images, torch.stack([image for image, _, _ in expected]), rtol=0, atol=0)
+        assert labels.tolist() == [label for _, label, _ in expected]
+        assert problems == []
 
 
 def test_bad_data_paths_are_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.*no such folder; give 'digits' or a folder"):
+    with pytest.raises(ValueError, match="nowhere.*no such data; give 'digits', a folder"):
         data.open_source(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no class folders"):
+        data.open_source(str(tmp_path / "nowhere"), "folder")
+    with pytest.raises(ValueError, match="cannot be read as parquet data: no .parquet files"):
+        data.open_source(str(tmp_path), "parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="broken.parquet' cannot be read as parquet data") as error:
+        data.open_source(str(tmp_path / "broken.parquet"))
+    assert "\n" not in str(error.value)
+    (tmp_path / "broken.parquet").unlink()
     with pytest.raises(ValueError, match="no class folders"):
         data.open_source(str(tmp_path))
     (tmp_path / "empty").mkdir()
@@ -135,3 +146,127 @@ def test_bad_data_paths_are_named(tmp_path):
 def test_seeds_are_spread():
     seeds = {seed_from(seed, step) for seed in range(30) for step in range(100)}
     assert len(seeds) == 3000 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.fixture(scope="module")
+def same_images(tmp_path_factory):
+    """The same 64 small images in every format that holds images: {format: path}."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("formats")
+    rng = np.random.default_rng(1)
+    rows = {"image": [], "label": []}
+    for i in range(64):
+        path = root / "folder" / f"class{i % 5}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (int(rng.integers(8, 30)), int(rng.integers(8, 30)), 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        rows["image"].append({"bytes": path.read_bytes(), "path": None})
+        rows["label"].append(i % 5)
+    names = [f"class{c}" for c in range(5)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    (root / "parquet").mkdir()
+    table.select(range(40)).to_parquet(root / "parquet" / "a.parquet")
+    table.select(range(40, 64)).to_parquet(root / "parquet" / "b.parquet")
+    table.save_to_disk(root / "saved")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(root / "dict")
+    (arrow,) = (root / "saved").glob("*.arrow")
+    (root / "file.arrow").write_bytes(arrow.read_bytes())
+    return {
+        "folder": root / "folder",
+        "parquet": root / "parquet",
+        "saved": root / "saved",
+        "dict": root / "dict",
+        "arrow": root / "file.arrow",
+    }
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "dict", "arrow"])
+def test_the_same_images_through_every_format(kind, same_images):
+    def contents(path):
+        source = data.open_source(str(path))
+        assert source.num_classes == 5
+        dataset = data.ImageDataset(source, 8, 3)
+        items = [dataset[i, i % 2 == 1] for i in range(len(dataset))]
+        return source, items
+
+    folder, _ = contents(same_images["folder"])
+    source, items = contents(same_images[kind])
+    assert len(items) == 64
+    # Rows are in the order of the images' numbers, class folders in that of the classes.
+    by_name = data.ImageDataset(folder, 8, 3)
+    position = {folder.name(i).rsplit("/")[-1]: i for i in range(64)}
+    for i, (image, label, problems) in enumerate(items):
+        expected, expected_label, _ = by_name[position[f"{i:02d}.png"], i % 2 == 1]
+        assert torch.equal(image, expected) and label == expected_label and problems == []
+    assert source.labels.tolist() == [label for _, label, _ in items]
+
+
+def test_splits_and_columns_are_named(same_images):
+    assert len(data.open_source(str(same_images["dict"]), split="test").examples) == 1
+    with pytest.raises(ValueError, match="no split 'val'; there are train, test"):
+        data.open_source(str(same_images["dict"]), split="val")
+    with pytest.raises(ValueError, match="--image-key 'img'.*it has image, label"):
+        data.open_source(str(same_images["saved"]), image_key="img")
+    with pytest.raises(ValueError, match="--label-key 'y'.*it has image, label"):
+        data.open_source(str(same_images["saved"]), label_key="y")
+    with pytest.raises(ValueError, match="labels must be integers"):
+        data.open_source(str(same_images["saved"]), label_key="image")
+    with pytest.raises(ValueError, match="has no images there"):
+        data.open_source(str(same_images["saved"]), image_key="label")
+
+
+def test_a_hub_name_without_the_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="ILSVRC/imagenet-1k.*cannot fetch") as error:
+        data.open_source("ILSVRC/imagenet-1k")
+    assert "\n" not in str(error.value)
+
+
+def bad_folder(root):
+    """Class folders with five good images, one that is no image, and one that breaks off."""
+    write_images(root, {"a": [(9, 9)] * 3, "b": [(9, 9)] * 4})
+    (root / "a" / "1.png").write_bytes(b"not an image")
+    whole = (root / "b" / "2.png").read_bytes()
+    (root / "b" / "2.png").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def test_bad_images_are_passed_over_and_named(tmp_path):
+    source = data.open_source(str(bad_folder(tmp_path)))
+    dataset = data.ImageDataset(source, 8, 3)
+    problems = [dataset[i, False][2] for i in range(7)]
+    assert [len(lines) for lines in problems] == [0, 1, 0, 0, 0, 1, 0]
+    assert "a/1.png: the image cannot be read" in problems[1][0]
+    assert "b/2.png: the image cannot be read" in problems[5][0]
+    assert torch.equal(dataset[1, False][0], dataset[2, False][0]) and dataset[5, False][1] == 1
+
+
+def test_bad_labels_are_named():
+    image = Image.new("RGB", (8, 8))
+    labels = np.array([0, 3, -1, 1])
+    source = data.Source([(image, int(label)) for label in labels], labels, "row {}".format, num_classes=4)
+    with pytest.raises(ValueError, match="row 2: the label is missing; 4 classes have the labels 0 to 3"):
+        source.check_labels(4)
+    with pytest.raises(ValueError, match="row 1: label 3 is out of range; 2 classes have the labels 0 to 1"):
+        source.check_labels(2)
+    assert data.ImageDataset(source, 8, 3)[2, False][2] == [
+        "row 2: the label is missing; 4 classes have the labels 0 to 3"
+    ]
+    nothing = data.Source([(None, 0)] * 2, np.zeros(2, int), "row {}".format, num_classes=1)
+    with pytest.raises(ValueError, match="not one example is good; the first: row 1"):
+        data.ImageDataset(nothing, 8, 3)[1, False]
+
+
+def test_missing_labels_in_a_table(tmp_path):
+    import datasets
+
+    image = Image.new("RGB", (8, 8))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"image": [image] * 3, "label": [0, None, 6]}, features=features)
+    table.to_parquet(tmp_path / "t.parquet")
+    source = data.open_source(str(tmp_path / "t.parquet"))
+    assert source.num_classes == 7
+    with pytest.raises(ValueError, match="row 1 of .*t.parquet: the label is missing"):
+        source.check_labels(7)

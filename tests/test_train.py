@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, read_metrics, run
 from diffusers import AutoencoderKL
 from PIL import Image
-from test_data import write_images
+from test_data import bad_folder, write_images
 
 import checkpoint
 import train
@@ -131,6 +131,20 @@ def test_images_in_class_folders_through_an_autoencoder(path_type, prediction, t
     result = run("train.py", *arguments, "--results-dir", tmp_path / "results", "--ckpt", folder)
     assert result.returncode == 0, result.stderr
     assert {path.name[:3] for path in (tmp_path / "results").iterdir()} == {"000", "001"}
+
+
+def test_bad_images_stop_the_run_or_are_counted(tmp_path):
+    images = bad_folder(tmp_path / "images")
+    arguments = [*TINY, "--data-path", images, "--image-size", 8, "--max-steps", 2, "--num-workers", 1]
+    result = run("train.py", *arguments, "--output-dir", tmp_path / "stopped")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "the image cannot be read" in result.stderr and "--skip-bad-images" in result.stderr
+    result = run("train.py", *arguments, "--output-dir", tmp_path / "skipped", "--skip-bad-images")
+    assert result.returncode == 0, result.stderr
+    # 32 examples of 7: each bad one four or five times.
+    assert 8 <= read_metrics(tmp_path / "skipped")[-1]["bad_images"] <= 10
+    log = (tmp_path / "skipped" / "log.txt").read_text()
+    assert "left out" in log and "a/1.png" in log and "b/2.png" in log
 
 
 def test_training_from_given_weights_starts_where_they_are(digits_run, tmp_path, loss_curve_of_one_process):
