@@ -11,10 +11,10 @@ complete.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import pickle
 import re
@@ -29,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import distributed
+import files
 from models import SIZES
 
 STATE_FILE = "trainer_state.json"
@@ -62,35 +63,22 @@ def save(output_dir, step, model, ema, optimizer, state):
         The folder's path.
     """
     final = pathlib.Path(output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(f".{final.name}.partial")
-    if distributed.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # what an earlier, killed attempt left
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
-        dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=partial / "optimizer")
-    if distributed.rank() == 0:
-        safetensors.torch.save_file(
-            {key: value.contiguous() for key, value in model.state_dict().items()}, partial / "model.safetensors"
-        )
-        torch.save({key: value.cpu() for key, value in ema.state_dict().items()}, partial / "ema.pt")
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-        for path in (*partial.rglob("*"), partial):
-            _flush(path)
-        partial.rename(final)
-        _flush(final.parent)
+    with files.written_whole(final) if distributed.rank() == 0 else contextlib.nullcontext() as partial:
+        partial = distributed.from_rank_zero(partial)
+        if distributed.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # what an earlier, killed attempt left
+            partial.mkdir(parents=True)
+        distributed.barrier()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
+            dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=partial / "optimizer")
+        if distributed.rank() == 0:
+            weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+            safetensors.torch.save_file(weights, partial / "model.safetensors")
+            torch.save({key: value.cpu() for key, value in ema.state_dict().items()}, partial / "ema.pt")
+            (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
     distributed.barrier()
     return final
-
-
-def _flush(path):
-    """Have the operating system put a file or a folder's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def find_latest(output_dir):

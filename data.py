@@ -3,18 +3,27 @@
 import dataclasses
 import functools
 import io
+import itertools
+import json
+import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import safetensors
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+import files
 import hub
-from distributed import ORDER_STREAM, generator
+from distributed import ORDER_STREAM, generator, seed_from
 
-FORMATS = ("digits", "folder", "saved", "parquet", "arrow", "hub")
+FORMATS = ("digits", "folder", "saved", "parquet", "arrow", "latents", "hub")
+STREAMED_FORMATS = ("parquet", "arrow", "hub")
+SHUFFLE_BUFFER = 10_000  # examples of a stream that are shuffled among themselves, after its files
+MANIFEST = "manifest.json"  # of a folder of cached latents
 
 
 @dataclasses.dataclass
@@ -22,20 +31,23 @@ class Source:
     """Labelled images on disk or in memory.
 
     `examples[i]` is (PIL image, label), or raises an error of any kind if the image cannot be read. `name(i)` says
-    which file or row that is.
+    which file or row that is. Of a stream, `examples` is a function of a seed that gives (i, function without arguments
+    that returns such a pair), one after the other in an order that the seed decides.
     """
 
-    examples: Sequence
-    labels: np.ndarray  # (N,) int64; -1 where the label is missing
+    examples: Sequence | Callable[[int], Iterator]
+    labels: np.ndarray | None  # (N,) int64; -1 where the label is missing; None for a stream
     name: Callable[[int], str]
-    num_classes: int
+    num_classes: int | None  # None where a stream does not say
+    num_examples: int | None  # likewise
     channels: int = 3  # of the images as they are: 1 grey, 3 colour
     image_size: int | None = None  # the size that all images have, if they do
     mirrors: bool = True  # whether a mirrored image is still one of its class
 
     def check_labels(self, num_classes):
         """Raise ValueError naming the first example whose label is missing or beyond `num_classes`."""
-        bad = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
+        labels = np.zeros(0) if self.labels is None else self.labels  # a stream's are checked as they come
+        bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
         if len(bad):
             check_label(self.labels[bad[0]], num_classes, self.name(int(bad[0])))
 
@@ -47,7 +59,7 @@ def check_label(label, num_classes, name):
         raise ValueError(f"{name}: {problem}; {num_classes} classes have the labels 0 to {num_classes - 1}")
 
 
-def open_source(data_path, data_format=None, image_key="image", label_key="label", split="train"):
+def open_source(data_path, data_format=None, image_key="image", label_key="label", split="train", streaming=False):
     """Open labelled images of any of these kinds.
 
         digits     scikit-learn's handwritten digits
@@ -55,23 +67,34 @@ def open_source(data_path, data_format=None, image_key="image", label_key="label
         saved      a folder that `datasets.Dataset.save_to_disk` wrote
         parquet    a .parquet file, or a folder with such files
         arrow      an .arrow file, or a folder with such files
+        latents    a folder that extract_latents.py wrote
         hub        the name of a data set on the Hugging Face hub; HF_TOKEN and HF_HOME are honoured
 
     Args:
         data_path: 'digits', a path or a name.
         data_format: one of FORMATS; None: what is there (`recognise_format`).
-        image_key, label_key: columns of the image and of the class label, in all but the first two.
+        image_key, label_key: columns of the image and of the class label, in tables.
         split: which split to read, where the data has several.
+        streaming: read hub, parquet or arrow data from front to back, without a copy on this machine's disk.
+
+    Returns:
+        A `Source` of images, or `CachedLatents`.
 
     Raises:
         ValueError: nothing of the kind is there, or a column is not there or not what it must be.
     """
     data_format = data_format or recognise_format(data_path)
+    if streaming and data_format not in STREAMED_FORMATS:
+        kinds = ", ".join(STREAMED_FORMATS)
+        raise ValueError(f"--streaming is for data of the kinds {kinds}; {data_path} is of the kind {data_format}")
     if data_format == "digits":
         return _digits()
     if data_format == "folder":
         return _class_folders(data_path)
-    return _from_table(_open_table(data_path, data_format, split), data_path, image_key, label_key)
+    if data_format == "latents":
+        return CachedLatents(data_path)
+    table = _open_table(data_path, data_format, split, streaming)
+    return _from_table(table, data_path, image_key, label_key, streaming)
 
 
 def recognise_format(data_path):
@@ -82,6 +105,8 @@ def recognise_format(data_path):
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return "saved"
+        if (path / MANIFEST).is_file():
+            return "latents"
         return next((kind for kind in ("parquet", "arrow") if _files_of(path, kind)), "folder")
     if path.is_file() and path.suffix in (".parquet", ".arrow"):
         return path.suffix[1:]
@@ -89,7 +114,7 @@ def recognise_format(data_path):
         return "hub"
     raise ValueError(
         f"--data-path {data_path!r}: no such data; give 'digits', a folder of class folders, a saved Dataset, Parquet "
-        "or Arrow files, or the name of a data set on the hub"
+        "or Arrow files, cached latents, or the name of a data set on the hub"
     )
 
 
@@ -105,7 +130,8 @@ def _digits():
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
     examples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
-    return Source(examples, digits.target, "digit {}".format, 10, channels=1, image_size=8, mirrors=False)
+    name = "digit {}".format
+    return Source(examples, digits.target, name, 10, len(examples), channels=1, image_size=8, mirrors=False)
 
 
 def _class_folders(data_path):
@@ -116,11 +142,11 @@ def _class_folders(data_path):
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--data-path {data_path!r} holds no class folders with images: {reason}") from error
-    return Source(folder, np.array(folder.targets), lambda i: folder.samples[i][0], len(folder.classes))
+    return Source(folder, np.array(folder.targets), lambda i: folder.samples[i][0], len(folder.classes), len(folder))
 
 
-def _open_table(data_path, data_format, split):
-    """A `datasets.Dataset` of the split. Raises ValueError."""
+def _open_table(data_path, data_format, split, streaming):
+    """A `datasets.Dataset`, or `datasets.IterableDataset` if streaming, of the split. Raises ValueError."""
     import datasets
 
     try:
@@ -131,60 +157,75 @@ def _open_table(data_path, data_format, split):
             return table[split] if isinstance(table, datasets.DatasetDict) else table
         if data_format == "hub":
             hub.require(f"the data set {data_path}")
-            return datasets.load_dataset(data_path, split=split)
-        files = _files_of(pathlib.Path(data_path), data_format)
-        if not files:
+            return datasets.load_dataset(data_path, split=split, streaming=streaming)
+        paths = _files_of(pathlib.Path(data_path), data_format)
+        if not paths:
             raise ValueError(f"no .{data_format} files there")
-        return datasets.load_dataset(data_format, data_files=files, split="train")
+        return datasets.load_dataset(data_format, data_files=paths, split="train", streaming=streaming)
     except Exception as error:  # of many libraries underneath; all mean that the data cannot be read
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"--data-path {data_path!r} cannot be read as {data_format} data: {reason}") from error
 
 
-class _TableExamples(Sequence):
-    """Rows of a `datasets.Dataset` as (PIL image, label)."""
-
-    def __init__(self, table, image_key, label_key):
-        import datasets
-
-        # Not decoded by the table, which would not say which row is broken.
-        self.table = table.select_columns([image_key, label_key]).cast_column(image_key, datasets.Image(decode=False))
-        self.image_key, self.label_key = image_key, label_key
-
-    def __len__(self):
-        return len(self.table)
-
-    def __getitem__(self, index):
-        row = self.table[index]
-        cell, label = row[self.image_key], row[self.label_key]
-        if cell is None:
-            raise ValueError("the image is missing")
-        image = Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
-        return image, -1 if label is None else label
-
-
-def _from_table(table, data_path, image_key, label_key):
-    """A source of the rows of a `datasets.Dataset`, whose columns it checks. Raises ValueError."""
+def _from_table(table, data_path, image_key, label_key, streaming):
+    """A source of the rows of a `datasets.Dataset` or `IterableDataset`, its columns checked. Raises ValueError."""
     import datasets
 
+    features = table.features
+    if features is None:
+        raise ValueError(f"--data-path {data_path!r} does not say what its columns are, so it cannot be streamed")
     for flag, key in (("--image-key", image_key), ("--label-key", label_key)):
-        if key not in table.features:
-            columns = ", ".join(table.features)
-            raise ValueError(f"{flag} {key!r}: {data_path} has no such column; it has {columns}")
-    feature = table.features[label_key]
-    if not getattr(feature, "dtype", "").startswith(("int", "uint")):
-        raise ValueError(f"--label-key {label_key!r}: labels must be integers, and {data_path} has {feature}")
-    if len(table) == 0:
-        raise ValueError(f"--data-path {data_path!r} holds no rows")
-    images = table.features[image_key]
+        if key not in features:
+            raise ValueError(f"{flag} {key!r}: {data_path} has no such column; it has {', '.join(features)}")
+    images, classes = features[image_key], features[label_key]
+    if not getattr(classes, "dtype", "").startswith(("int", "uint")):
+        raise ValueError(f"--label-key {label_key!r}: labels must be integers, and {data_path} has {classes}")
     holds_images = isinstance(images, datasets.Image) or (isinstance(images, dict) and "bytes" in images)
     if not holds_images and getattr(images, "dtype", None) not in ("binary", "large_binary", "string"):
         raise ValueError(f"--image-key {image_key!r}: {data_path} has no images there, but {images}")
+    num_classes = classes.num_classes if isinstance(classes, datasets.ClassLabel) else None
+    name = f"row {{}} of {data_path}".format
+    # The table does not decode images itself, where an error would not say which row is broken.
+    rows = table.select_columns([image_key, label_key]).cast_column(image_key, datasets.Image(decode=False))
+    example = functools.partial(_example_of_row, image_key=image_key, label_key=label_key)
+    if streaming:
+        splits = table.info.splits or {}
+        num_examples = splits[table.split].num_examples if table.split in splits else None
+        return Source(functools.partial(_stream, rows, example), None, name, num_classes, num_examples)
+    if len(table) == 0:
+        raise ValueError(f"--data-path {data_path!r} holds no rows")
     labels = np.array([-1 if label is None else label for label in table[label_key]])
-    is_named = isinstance(feature, datasets.ClassLabel)
-    num_classes = feature.num_classes if is_named else max(int(labels.max()) + 1, 1)
-    examples = _TableExamples(table, image_key, label_key)
-    return Source(examples, labels, f"row {{}} of {data_path}".format, num_classes)
+    num_classes = num_classes or max(int(labels.max()) + 1, 1)
+    return Source(_TableExamples(rows, example), labels, name, num_classes, len(table))
+
+
+class _TableExamples(Sequence):
+    """Rows of a `datasets.Dataset` as (PIL image, label)."""
+
+    def __init__(self, rows, example):
+        self.rows = rows
+        self.example = example
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.example(self.rows[index])
+
+
+def _stream(rows, example, seed):
+    """Rows of a `datasets.IterableDataset` in the order of a seed: (row number, function giving (image, label))."""
+    numbered = rows.map(lambda row, number: {**row, "number": number}, with_indices=True)
+    for row in numbered.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
+        yield row["number"], functools.partial(example, row)
+
+
+def _example_of_row(row, image_key, label_key):
+    cell, label = row[image_key], row[label_key]
+    if cell is None:
+        raise ValueError("the image is missing")
+    image = Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+    return image, -1 if label is None else label
 
 
 def center_crop(image, size):
@@ -197,44 +238,27 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-class ImageDataset(Dataset):
-    """Images of a source as the network takes them.
-
-    An item is asked for by (index, flip): what is random about it was decided by whoever ordered it, so workers hold
-    no state. It is (image, label, problems): float32 (channels, image_size, image_size) in [-1, 1], and int. If the
-    example that was asked for is bad (an image that cannot be read, a label that is no class), the next good one stands
-    in its place, and `problems` has one line for each that was passed over; whoever takes the item decides what that
-    means.
+class ImageReader:
+    """Turns an example into what the network takes.
 
     Args:
-        source: where images and labels come from.
         image_size, channels: of the images that come out; 1 channel is grey, 3 are RGB.
-        num_classes: labels must lie below; None: the source's.
+        num_classes: labels must lie below.
     """
 
-    def __init__(self, source, image_size, channels, num_classes=None):
-        self.source = source
+    def __init__(self, image_size, channels, num_classes):
         self.image_size = image_size
         self.mode = {1: "L", 3: "RGB"}[channels]
-        self.num_classes = num_classes or source.num_classes
+        self.num_classes = num_classes
 
-    def __len__(self):
-        return len(self.source.examples)
+    def read(self, example, flip, name):
+        """(image, label) of an example, which is a function that returns (PIL image, label).
 
-    def __getitem__(self, key):
-        index, flip = key
-        problems = []
-        for candidate in range(index, index + len(self)):
-            try:
-                return *self._load(candidate % len(self), flip), problems
-            except ValueError as error:
-                problems.append(str(error))
-        raise ValueError(f"not one example is good; the first: {problems[0]}")
-
-    def _load(self, index, flip):
-        name = self.source.name(index)
+        The image is float32 (channels, image_size, image_size) in [-1, 1], mirrored if `flip`. Raises ValueError that
+        begins with `name` for an image that cannot be read or a label that is no class.
+        """
         try:
-            image, label = self.source.examples[index]
+            image, label = example()
             image = image.convert(self.mode)
         except Exception as error:  # image decoders raise errors of many kinds
             raise ValueError(f"{name}: the image cannot be read: {' '.join(str(error).split())}") from error
@@ -244,6 +268,169 @@ class ImageDataset(Dataset):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1  # (H, W) or (H, W, 3)
         return pixels.reshape(self.image_size, self.image_size, -1).permute(2, 0, 1).contiguous(), label
+
+
+class ImageDataset(Dataset):
+    """Images of a source, by number.
+
+    An item is asked for by (index, flip): what is random about it was decided by whoever ordered it, so workers hold
+    no state. It is (image, label, problems), the first two as `ImageReader` has them. If the example that was asked for
+    is bad, the next good one stands in its place, and `problems` has one line for each that was passed over; whoever
+    takes the item decides what that means.
+    """
+
+    def __init__(self, source, image_size, channels, num_classes=None):
+        self.source = source
+        self.reader = ImageReader(image_size, channels, num_classes or source.num_classes)
+
+    def __len__(self):
+        return len(self.source.examples)
+
+    def __getitem__(self, key):
+        index, flip = key
+        problems = []
+        for candidate in range(index, index + len(self)):
+            i = candidate % len(self)
+            try:
+                return *self.reader.read(lambda i=i: self.source.examples[i], flip, self.source.name(i)), problems
+            except ValueError as error:
+                problems.append(str(error))
+        raise ValueError(f"not one example is good; the first: {problems[0]}")
+
+
+class StreamedBatches(IterableDataset):
+    """One rank's micro batches of a streamed source, step after step, without end: collated as by `make_loader`.
+
+    The counterpart of `ImageDataset` with `GlobalBatchSampler`, whose arguments it takes and whose places it keeps to:
+    every rank reads the whole stream and decodes its own share, so that a step trains on the same examples for any
+    number of ranks. Each epoch has an order of its own. `threads` decode images side by side.
+
+    A bad example's place is taken by the next good one of the micro batch.
+    """
+
+    def __init__(self, source, reader, sampler, threads):
+        self.source, self.reader, self.sampler, self.threads = source, reader, sampler, threads
+
+    def __iter__(self):
+        # Threads, not worker processes, among which `datasets` would deal out the files, so that the order would depend
+        # on their number. One runs a micro batch ahead.
+        with ThreadPoolExecutor(1) as thread:
+            batches = self._batches()
+            following = thread.submit(next, batches)
+            while True:
+                batch = following.result()
+                following = thread.submit(next, batches)
+                yield batch
+
+    def _batches(self):
+        s = self.sampler
+        share = s.global_batch_size // s.world_size
+        rows = []
+        with ThreadPoolExecutor(max(1, self.threads)) as threads:
+            for place, number, example, flip in self._places():
+                step, within = divmod(place, s.global_batch_size)
+                if step < s.start_step or not s.rank * share <= within < (s.rank + 1) * share:
+                    continue
+                rows.append((number, example, flip))
+                if len(rows) == s.micro_batch_size:
+                    yield _collate(_fill(list(threads.map(self._read, rows))))
+                    rows = []
+
+    def _places(self):
+        """(place, row number, example, flip) of the endless sequence of epochs."""
+        place = 0
+        for epoch in itertools.count():
+            start = place
+            flips = np.random.default_rng([self.sampler.seed, ORDER_STREAM, epoch])
+            for number, example in self.source.examples(seed_from(self.sampler.seed, ORDER_STREAM, epoch) % 2**32):
+                yield place, number, example, self.sampler.mirror and flips.random() < 0.5
+                place += 1
+            if place == start:
+                raise ValueError(f"the stream holds no rows: {self.source.name('...')}")
+
+    def _read(self, row):
+        number, example, flip = row
+        try:
+            return *self.reader.read(example, flip, self.source.name(number)), []
+        except ValueError as error:
+            return None, None, [str(error)]
+
+
+def _fill(items):
+    """Put the next good item in the place of each bad one, with its problems kept. Raises ValueError if all are bad."""
+    good = [i for i, item in enumerate(items) if not item[2]]
+    if not good:
+        raise ValueError(f"not one example of a micro batch is good; the first: {items[0][2][0]}")
+    filled = []
+    for i, item in enumerate(items):
+        image, label, _ = items[next((g for g in good if g >= i), good[0])]
+        filled.append((image, label, item[2]))
+    return filled
+
+
+class CachedLatents(Dataset):
+    """What extract_latents.py wrote: posterior moments of images and of their mirror images, in memory-mapped shards.
+
+    An item is asked for by (index, flip), as of `ImageDataset`, and is (moments, label, []): float32 (2, C, h, w), the
+    mean and standard deviation of the VAE's posterior. Attributes of the manifest: `vae`, `image_size`, `channels`,
+    `latent_size`, `num_classes`, `scale`, `shift`.
+
+    Args:
+        folder: with manifest.json and the shards that it names.
+
+    Raises:
+        ValueError: the manifest is not readable, or a shard is missing or not of the size or checksum that it says.
+    """
+
+    mirrors = True
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_text())
+            self.shards = manifest["shards"]
+            self.ends = np.cumsum([shard["examples"] for shard in self.shards])
+            for key in ("vae", "image_size", "channels", "latent_size", "num_classes", "scale", "shift"):
+                setattr(self, key, manifest[key])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / MANIFEST} is damaged or not of extract_latents.py: {error}") from error
+        self.opened = {}
+        self.num_examples = len(self)
+        with ThreadPoolExecutor() as threads:
+            for problem in threads.map(self._problem_of, self.shards):
+                if problem:
+                    raise ValueError(f"{problem}; extract_latents.py, run again without that file, writes it anew")
+
+    def _problem_of(self, shard):
+        path = self.folder / shard["file"]
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != shard["bytes"] or files.sha256(path) != shard["sha256"]:
+            return f"{path} is damaged: its size or checksum is not the manifest's"
+        return None
+
+    def check_labels(self, num_classes):
+        """Raise ValueError if labels can lie beyond `num_classes`."""
+        if num_classes < self.num_classes:
+            raise ValueError(f"{self.folder} has labels of {self.num_classes} classes, more than {num_classes}")
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, key):
+        index, flip = key
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        row = index - (int(self.ends[number - 1]) if number else 0)
+        moments, labels = self._open(number)
+        return moments[row, int(flip)].float(), int(labels[row]), []
+
+    def _open(self, number):
+        """(slices of the moments, labels) of a shard, memory-mapped by each process that reads it."""
+        key = (os.getpid(), number)
+        if key not in self.opened:
+            shard = safetensors.safe_open(self.folder / self.shards[number]["file"], framework="pt")
+            self.opened[key] = (shard.get_slice("moments"), shard.get_tensor("labels"))
+        return self.opened[key]
 
 
 class GlobalBatchSampler:
@@ -293,20 +480,19 @@ class GlobalBatchSampler:
 
 
 def make_loader(dataset, sampler, num_workers, device):
-    """An endless iterator of (images (M, C, H, W), labels (M,), problems) on the CPU, M the micro batch size.
+    """An iterator of (images or moments (M, ...), labels (M,), problems) on the CPU, M the micro batch size.
 
-    `problems` lists the bad examples for which others stand in the batch; see `ImageDataset`.
+    `problems` has a list for each place of the batch: the bad examples for which another stands there, as
+    `ImageDataset` has it. `dataset` may be `StreamedBatches`, which needs no sampler.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        collate_fn=_collate,
+    pin_memory = device.type == "cuda"
+    if isinstance(dataset, StreamedBatches):
+        return iter(DataLoader(dataset, batch_size=None, pin_memory=pin_memory))  # its own threads do the work
+    return iter(
+        DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_collate)
     )
-    return iter(loader)
 
 
 def _collate(items):
     images, labels, problems = zip(*items, strict=True)
-    return *default_collate(list(zip(images, labels, strict=True))), sum(problems, [])
+    return *default_collate(list(zip(images, labels, strict=True))), problems

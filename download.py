@@ -10,6 +10,7 @@ import urllib.request
 import torch
 
 import checkpoint
+import files
 import hub
 import options
 
@@ -51,10 +52,10 @@ def resolve(name_or_path):
         )
     cached = match_released(name, hub.cached_files(RELEASED_REPOSITORY))
     if len(cached) != 1:
-        files = hub.list_files(RELEASED_REPOSITORY)
-        candidates = match_released(name, files)
+        listing = hub.list_files(RELEASED_REPOSITORY)
+        candidates = match_released(name, listing)
         if len(candidates) != 1:
-            weights = [file for file in files if file.endswith((".pt", ".safetensors"))]
+            weights = [file for file in listing if file.endswith((".pt", ".safetensors"))]
             problem = "several files fit" if candidates else "no file fits"
             raise ValueError(
                 f"{name}: {problem} in {RELEASED_REPOSITORY}; name one of {', '.join(candidates or weights)}"
@@ -69,11 +70,11 @@ def _released_name(name):
     return match and match.groups()
 
 
-def match_released(name, files):
-    """The weights among `files` that `name` means: the file of that very name, or all of its model and image size."""
-    if name in files:
+def match_released(name, listing):
+    """The weights in `listing` that `name` means: the file of that very name, or all of its model and image size."""
+    if name in listing:
         return [name]
-    weights = [file for file in files if file.endswith((".pt", ".safetensors"))]
+    weights = [file for file in listing if file.endswith((".pt", ".safetensors"))]
     return [file for file in weights if _released_name(file) == _released_name(name)]
 
 
@@ -94,19 +95,11 @@ def _fetch_url(url):
             raise ValueError(f"cannot fetch {address}: {error}") from error
         partial.rename(path)
     if expected is not None:
-        actual = _sha256(path)
+        actual = files.sha256(path)
         if actual != expected:
             path.unlink()
             raise ValueError(f"{address} has the SHA-256 {actual}, not {expected}; it was removed")
     return path
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def main():

@@ -4,6 +4,7 @@ Images are float tensors (N, 3, H, W) in [-1, 1] (in pixel space with the channe
 file knows of scaling factors, shifts or the size of a latent.
 """
 
+import functools
 import pathlib
 import warnings
 
@@ -15,6 +16,8 @@ import hub
 # without the network.
 RELEASED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 RELEASED_GEOMETRY = (8, 4)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SLICE_PIXELS = 32 * 256 * 256  # pixels that go through the autoencoder at a time
 
 
 class PixelSpace:
@@ -38,40 +41,95 @@ class AutoencoderSpace:
     Args:
         vae: 'ema', 'mse', a hub name, or a folder that `save_pretrained` wrote.
         device: where to run it.
+        dtype: precision to run it in; what goes in and comes out is float32.
 
     Raises:
         ValueError: the autoencoder is neither here nor reachable.
     """
 
-    def __init__(self, vae, device):
+    def __init__(self, vae, device, dtype=torch.float32):
         from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does without
 
-        model = _from_hub_or_folder(AutoencoderKL.from_pretrained, vae)
+        # Its way to load with little memory needs another package, and says so on every load.
+        load = functools.partial(AutoencoderKL.from_pretrained, torch_dtype=dtype, low_cpu_mem_usage=False)
+        model = _from_hub_or_folder(load, vae)
         self.model = model.to(device).eval().requires_grad_(False)
+        self.dtype = dtype
         self.downsampling, self.channels = _geometry(self.model.config)
         self.scale = self.model.config.scaling_factor
         self.shift = self.model.config.get("shift_factor") or 0.0
 
     @torch.no_grad()
+    def moments(self, images):
+        """Posterior mean and standard deviation of images (N, 3, H, W), unscaled: float32 (N, 2, channels, h, w)."""
+
+        def moments_of_slice(images):
+            posterior = self.model.encode(images.to(self.dtype)).latent_dist
+            return torch.stack([posterior.mean, posterior.std], dim=1).float()
+
+        return _in_slices(moments_of_slice, images, images.shape[-2:])
+
     def encode(self, images, noise=None):
         """Draw latents (N, channels, H / downsampling, W / downsampling) from the posterior of images (N, 3, H, W).
 
         `noise` is standard normal in the shape of the latents; None draws it here.
         """
-        posterior = self.model.encode(images).latent_dist
-        if noise is None:
-            noise = torch.randn_like(posterior.mean)
-        return (posterior.mean + posterior.std * noise - self.shift) * self.scale
+        return draw(self.moments(images), noise, self.scale, self.shift)
 
     @torch.no_grad()
     def decode(self, latents):
         """Images (N, 3, H, W), about [-1, 1], from latents."""
-        return self.model.decode(latents / self.scale + self.shift).sample
+
+        def decode_slice(latents):
+            return self.model.decode((latents / self.scale + self.shift).to(self.dtype)).sample.float()
+
+        height, width = (side * self.downsampling for side in latents.shape[-2:])
+        return _in_slices(decode_slice, latents, (height, width))
 
 
-def open_space(vae, pixel_channels, device):
+class CachedSpace:
+    """A latent space whose encoding extract_latents.py did beforehand; the autoencoder is loaded to decode alone.
+
+    Args:
+        vae, device, dtype: as for `AutoencoderSpace`.
+        scale, shift: as the autoencoder's config has them.
+    """
+
+    def __init__(self, vae, device, dtype, scale, shift):
+        self.arguments = (vae, device, dtype)
+        self.scale = scale
+        self.shift = shift
+        self.autoencoder = None
+
+    def load_decoder(self):
+        """Load the autoencoder, unless it is there. Raises ValueError."""
+        self.autoencoder = self.autoencoder or AutoencoderSpace(*self.arguments)
+
+    def encode(self, moments, noise=None):
+        """Draw latents (N, channels, h, w) from the posterior moments (N, 2, channels, h, w) of cached images."""
+        return draw(moments, noise, self.scale, self.shift)
+
+    def decode(self, latents):
+        self.load_decoder()
+        return self.autoencoder.decode(latents)
+
+
+def draw(moments, noise, scale, shift):
+    """Scaled and shifted latents (N, C, h, w) from posterior moments (N, 2, C, h, w): mean + std noise."""
+    mean, std = moments.unbind(1)
+    noise = torch.randn_like(mean) if noise is None else noise
+    return (mean + std * noise - shift) * scale
+
+
+def _in_slices(function, batch, image_shape):
+    """function(batch) a few images at a time, so that memory does not grow with the batch."""
+    size = max(1, SLICE_PIXELS // (image_shape[0] * image_shape[1]))
+    return torch.cat([function(part) for part in batch.split(size)])
+
+
+def open_space(vae, pixel_channels, device, dtype=torch.float32):
     """The space that `--vae` names: 'none' for pixels with `pixel_channels` channels, else an autoencoder's latents."""
-    return PixelSpace(pixel_channels) if vae == "none" else AutoencoderSpace(vae, device)
+    return PixelSpace(pixel_channels) if vae == "none" else AutoencoderSpace(vae, device, dtype)
 
 
 def geometry(vae, pixel_channels):

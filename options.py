@@ -10,6 +10,8 @@ import sys
 
 import yaml
 
+import data
+import latents
 from transport import DIFFUSION_FORMS, LAST_STEPS, LOSS_WEIGHTS, ODE_METHODS, PATHS, PREDICTIONS, SDE_METHODS
 
 
@@ -160,6 +162,40 @@ def add_config_flag(parser):
     """The flag that `Parser` treats specially."""
     text = "read flags from a YAML file of 'flag: value' lines; flags on the command line win"
     parser.add_argument("--config", metavar="FILE.yaml", help=text)
+
+
+def add_data_flags(parser):
+    """Which labelled images, and the space they are taken to. Returns the group's `add`, for more of them."""
+    add = flag_group(parser, "data")
+    path = (
+        "digits (scikit-learn's), a folder of class folders, a saved Dataset, Parquet or Arrow files, cached latents, "
+        "or a data set's name on the hub"
+    )
+    add("--data-path", str, "PATH|NAME|digits", path)
+    kind = f"one of {', '.join(data.FORMATS)} (default: what --data-path is)"
+    add("--data-format", one_of(*data.FORMATS), "FORMAT", kind)
+    add("--image-key", str, "COLUMN", "column of the images, in tables", default="image")
+    add("--label-key", str, "COLUMN", "column of the class labels, in tables", default="label")
+    add("--split", str, "NAME", "split to read, where the data has several", default="train")
+    stream = "read hub, parquet or arrow data as it comes, without a copy on this machine's disk"
+    parser.add_argument("--streaming", action="store_true", help=stream)
+    skip = "leave out images that cannot be read and labels that are no class, and count them in the log"
+    parser.add_argument("--skip-bad-images", action="store_true", help=f"{skip} (default: stop and name the first)")
+    size = "images are resized and cropped to this (default: the data's own size where all images have one, else 256)"
+    add("--image-size", integer(1), "PIXELS", size)
+    vae = "autoencoder to encode with: sd-vae-ft-ema or -mse, none for pixels, a hub name, a folder"
+    add("--vae", str, "ema|mse|none|NAME|FOLDER", f"{vae} (default: that of cached latents, else ema)")
+    add("--vae-precision", one_of(*latents.PRECISIONS), "fp32|bf16", "precision of the autoencoder", default="fp32")
+    add("--num-workers", integer(0), "N", "processes per rank that load data", default=4)
+    return add
+
+
+def open_data(args):
+    """What `add_data_flags` names, as `data.open_source` opens it. Raises ValueError."""
+    if args.data_path is None:
+        raise ValueError("--data-path is missing: --help says what it can be, digits for one")
+    columns = dict(image_key=args.image_key, label_key=args.label_key)
+    return data.open_source(args.data_path, args.data_format, split=args.split, streaming=args.streaming, **columns)
 
 
 def add_transport_flags(parser, from_checkpoint):

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 train.py --model SiT-XL/2 --data-path /data/imagenet
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import pathlib
@@ -33,23 +34,9 @@ def build_parser():
 
     at_least_one, positive = options.integer(1), options.number(0, exclude_minimum=True)
 
-    add = options.flag_group(parser, "data")
-    path = "digits (scikit-learn's), a folder of class folders, a saved Dataset, Parquet or Arrow files, or a hub name"
-    add("--data-path", str, "PATH|NAME|digits", path)
-    kind = f"one of {', '.join(data.FORMATS)} (default: what --data-path is)"
-    add("--data-format", options.one_of(*data.FORMATS), "FORMAT", kind)
-    add("--image-key", str, "COLUMN", "column of the images, in all but digits and class folders", default="image")
-    add("--label-key", str, "COLUMN", "column of the class labels, likewise", default="label")
-    add("--split", str, "NAME", "split to train on, where the data has several", default="train")
-    skip = "leave out images that cannot be read and labels that are no class, and count them in the log"
-    parser.add_argument("--skip-bad-images", action="store_true", help=f"{skip} (default: stop and name the first)")
-    size = "images are resized and cropped to this (default: the data's own size where all images have one, else 256)"
-    add("--image-size", at_least_one, "PIXELS", size)
-    vae = "autoencoder whose latents to train on: sd-vae-ft-ema or -mse, none for pixels, a hub name, a folder"
-    add("--vae", str, "ema|mse|none|NAME|FOLDER", vae, default="ema")
+    add = options.add_data_flags(parser)
     flip = "mirror images at random (default: yes, but not digits)"
     add("--horizontal-flip", None, None, flip, action=argparse.BooleanOptionalAction)
-    add("--num-workers", options.integer(0), "N", "processes per rank that load data", default=4)
 
     add = options.flag_group(parser, "model", "--model names a size; the other flags change it, one by one.")
     add("--model", options.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)}", default="SiT-XL/2")
@@ -103,9 +90,7 @@ def main():
         accumulation, micro_batch_size = split_batch(
             args.global_batch_size, args.micro_batch_size, distributed.world_size()
         )
-        if args.data_path is None:
-            raise ValueError("--data-path is missing: --help says what it can be, digits for one")
-        source = data.open_source(args.data_path, args.data_format, args.image_key, args.label_key, args.split)
+        source = options.open_data(args)
         config = resolve_config(args, source)
         transport = create_transport(**config["transport"])
         torch.manual_seed(args.global_seed)
@@ -113,7 +98,7 @@ def main():
         if args.ckpt is not None:
             checkpoint.load_into(model, download.find_model(args.ckpt), args.ckpt)
         cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, model)
-        space = latents.open_space(args.vae, config["latents"]["channels"], device)
+        space = open_space(args, config, source, device)
         output_dir = distributed.from_rank_zero(choose_output_dir(args))
         wandb = start_wandb(args, output_dir) if args.wandb and distributed.rank() == 0 else None
 
@@ -122,12 +107,9 @@ def main():
     trained = distributed.data_parallel(model, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    image_channels = source.channels if args.vae == "none" else 3
-    image_size, num_classes = config["latents"]["image_size"], config["model"]["num_classes"]
-    dataset = data.ImageDataset(source, image_size, image_channels, num_classes)
     rank, world_size = distributed.rank(), distributed.world_size()
     sampler = data.GlobalBatchSampler(
-        len(dataset),
+        source.num_examples,
         args.global_batch_size,
         micro_batch_size,
         seed=args.global_seed,
@@ -135,19 +117,18 @@ def main():
         world_size=world_size,
         mirror=source.mirrors if args.horizontal_flip is None else args.horizontal_flip,
     )
-    batches = data.make_loader(dataset, sampler, args.num_workers, device)
+    batches = data.make_loader(open_dataset(args, config, source, sampler), sampler, args.num_workers, device)
     share = args.global_batch_size // world_size
     places = slice(rank * share, (rank + 1) * share)
     latent_shape = (model.in_channels, model.input_size, model.input_size)
-    max_steps = args.max_steps or max(1, args.epochs * len(dataset) // args.global_batch_size)
+    max_steps = args.max_steps or max(1, args.epochs * source.num_examples // args.global_batch_size)
 
     # Say what is about to happen.
     log = RunLog(output_dir, wandb)
     log.line(f"run folder {output_dir}")
     log.line(f"{sum(p.numel() for p in model.parameters()):,} parameters; {json.dumps(config['model'])}")
-    log.line(
-        f"{len(dataset):,} images of {model.num_classes} classes as {latent_shape}; {json.dumps(config['transport'])}"
-    )
+    images = "a stream of images" if source.num_examples is None else f"{source.num_examples:,} images"
+    log.line(f"{images} of {model.num_classes} classes as {latent_shape}; {json.dumps(config['transport'])}")
     log.line(
         f"{max_steps:,} steps of {args.global_batch_size} images = micro batch {micro_batch_size} x {world_size} ranks "
         f"x accumulation {accumulation}; on {device.type}, torch {torch.__version__}"
@@ -171,11 +152,11 @@ def main():
             waited = time.perf_counter()
             images, labels, problems = next(batches)
             waiting += time.perf_counter() - waited
-            if problems and not args.skip_bad_images:
-                parser.error(f"{problems[0]} (--skip-bad-images leaves such examples out)")
-            for problem in problems:
+            for problem in itertools.chain(*problems):
+                if not args.skip_bad_images:
+                    parser.error(f"{problem} (--skip-bad-images leaves such examples out)")
+                bad_images += 1
                 log.line(f"(step={step + 1:07d}) left out {problem}")
-            bad_images += len(problems)
             micro = slice(i * micro_batch_size, (i + 1) * micro_batch_size)
             x1 = space.encode(images.to(device, non_blocking=True), posterior_noise[micro])
             y = labels.to(device, non_blocking=True)
@@ -199,7 +180,7 @@ def main():
             seconds = time.perf_counter() - since
             log.metrics(
                 step=done,
-                epoch=done * args.global_batch_size / len(dataset),
+                epoch=epochs(done * args.global_batch_size, source),
                 samples_seen=done * args.global_batch_size,
                 loss=mean_loss,
                 gradient_norm=gradient_norm.item(),
@@ -219,7 +200,7 @@ def main():
                 log.line(f"(step={done:07d}) samples {path}")
             distributed.barrier()
         if done % args.ckpt_every == 0 or done == max_steps:
-            state = trainer_state(args, config, done, len(dataset))
+            state = trainer_state(args, config, done, source)
             path = checkpoint.save(output_dir, done, model, ema, optimizer, state)
             log.line(f"(step={done:07d}) checkpoint {path}")
         since += time.perf_counter() - pause
@@ -241,13 +222,43 @@ def split_batch(global_batch_size, micro_batch_size, world_size):
     return global_batch_size // (micro_batch_size * world_size), micro_batch_size
 
 
+def open_space(args, config, source, device):
+    """The space to train in; with cached latents, the autoencoder is loaded only if grids are to be drawn."""
+    vae, dtype = config["latents"]["vae"], latents.PRECISIONS[args.vae_precision]
+    if isinstance(source, data.Source):
+        return latents.open_space(vae, config["latents"]["channels"], device, dtype)
+    space = latents.CachedSpace(vae, device, dtype, source.scale, source.shift)
+    if args.sample_every:
+        space.load_decoder()
+    return space
+
+
+def open_dataset(args, config, source, sampler):
+    """The data set that the loader reads: images by number or as they come, or cached latents."""
+    if not isinstance(source, data.Source):
+        return source
+    image_size, num_classes = config["latents"]["image_size"], config["model"]["num_classes"]
+    channels = source.channels if config["latents"]["vae"] == "none" else 3
+    if source.labels is None:
+        reader = data.ImageReader(image_size, channels, num_classes)
+        return data.StreamedBatches(source, reader, sampler, args.num_workers)
+    return data.ImageDataset(source, image_size, channels, num_classes)
+
+
 def resolve_config(args, source):
     """What defines the network and its data space: 'model', 'transport' and 'latents' as a checkpoint stores them.
 
     Raises:
         ValueError: sizes that do not divide, or flags that contradict the data or the VAE.
     """
-    downsampling, channels = latents.geometry(args.vae, source.channels)
+    if isinstance(source, data.Source):
+        vae = args.vae or "ema"
+        downsampling, channels = latents.geometry(vae, source.channels)
+    else:
+        vae, downsampling, channels = source.vae, source.image_size // source.latent_size, source.channels
+        for flag, given, cached in (("--vae", args.vae, vae), ("--image-size", args.image_size, source.image_size)):
+            if given not in (None, cached):
+                raise ValueError(f"{flag} {given} contradicts the cached latents, which were made with {cached}")
     model = dict(SiT_models[args.model].keywords)
     for key in ("patch_size", "hidden_size", "depth", "num_heads"):
         if getattr(args, key) is not None:
@@ -255,20 +266,22 @@ def resolve_config(args, source):
     if args.input_size is not None and args.image_size not in (None, args.input_size * downsampling):
         raise ValueError(
             f"--image-size {args.image_size} contradicts --input-size {args.input_size}: "
-            f"with --vae {args.vae} the image is {downsampling} times as large"
+            f"with --vae {vae} the image is {downsampling} times as large"
         )
     image_size = args.image_size or (args.input_size or 0) * downsampling or source.image_size or 256
     multiple = downsampling * model["patch_size"]
     if image_size % multiple:
         raise ValueError(
-            f"--image-size {image_size} does not divide: with --vae {args.vae} (downsampling {downsampling}) and "
+            f"--image-size {image_size} does not divide: with --vae {vae} (downsampling {downsampling}) and "
             f"patches of {model['patch_size']} it must be a multiple of {multiple}"
         )
     if args.in_channels not in (None, channels):
-        raise ValueError(
-            f"--in-channels {args.in_channels} contradicts --vae {args.vae}, which gives {channels} channels"
-        )
+        raise ValueError(f"--in-channels {args.in_channels} contradicts --vae {vae}, which gives {channels} channels")
     num_classes = args.num_classes or source.num_classes
+    if num_classes is None:
+        raise ValueError("--num-classes is missing: the stream does not say how many classes it has")
+    if source.num_examples is None and args.max_steps is None:
+        raise ValueError("--max-steps is missing: the stream does not say how many images it has")
     if not args.skip_bad_images:
         source.check_labels(num_classes)
     model |= dict(
@@ -280,7 +293,7 @@ def resolve_config(args, source):
         learn_sigma=args.learn_sigma,
     )
     transport = {key: getattr(args, key) for key in checkpoint.TRANSPORT_KEYS}
-    vae = args.vae if args.vae == "none" or not os.path.isdir(args.vae) else os.path.abspath(args.vae)
+    vae = os.path.abspath(vae) if os.path.isdir(vae) else vae
     return {
         "model": model,
         "transport": transport,
@@ -340,12 +353,17 @@ def draw_grid(ema, transport, space, device, cfg_scale, seed, output_dir, step):
     return path
 
 
-def trainer_state(args, config, step, num_examples):
+def epochs(samples_seen, source):
+    """Passes over the data; None for a stream that does not say how long it is."""
+    return None if source.num_examples is None else samples_seen / source.num_examples
+
+
+def trainer_state(args, config, step, source):
     """What trainer_state.json holds."""
     samples_seen = step * args.global_batch_size
     return {
         "step": step,
-        "epoch": samples_seen / num_examples,
+        "epoch": epochs(samples_seen, source),
         "samples_seen": samples_seen,
         "seed": args.global_seed,
         **config,

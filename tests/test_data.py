@@ -1,3 +1,4 @@
+import io
 import itertools
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_images_of_any_mode_become_rgb(mode, fill):
     image = Image.new(mode, (8, 8), fill)
     if mode == "P":
         image.putpalette([value for grey in range(256) for value in (grey, grey, grey)])
-    source = data.Source([(image, 0)], np.zeros(1, int), str, num_classes=1)
+    source = data.Source([(image, 0)], np.zeros(1, int), str, num_classes=1, num_examples=1)
     pixels, _, _ = data.ImageDataset(source, 8, 3)[0, False]
     torch.testing.assert_close(pixels, torch.full((3, 8, 8), 51 / 127.5 - 1), atol=0.01, rtol=0)
 
@@ -121,7 +122,7 @@ def test_the_loader_keeps_the_samplers_order(workers):
         expected = [dataset[key] for key in keys]
         torch.testing.assert_close(images, torch.stack([image for image, _, _ in expected]), rtol=0, atol=0)
         assert labels.tolist() == [label for _, label, _ in expected]
-        assert problems == []
+        assert not any(problems)
 
 
 def test_bad_data_paths_are_named(tmp_path):
@@ -246,7 +247,9 @@ def test_bad_images_are_passed_over_and_named(tmp_path):
 def test_bad_labels_are_named():
     image = Image.new("RGB", (8, 8))
     labels = np.array([0, 3, -1, 1])
-    source = data.Source([(image, int(label)) for label in labels], labels, "row {}".format, num_classes=4)
+    source = data.Source(
+        [(image, int(label)) for label in labels], labels, "row {}".format, num_classes=4, num_examples=4
+    )
     with pytest.raises(ValueError, match="row 2: the label is missing; 4 classes have the labels 0 to 3"):
         source.check_labels(4)
     with pytest.raises(ValueError, match="row 1: label 3 is out of range; 2 classes have the labels 0 to 1"):
@@ -254,7 +257,7 @@ def test_bad_labels_are_named():
     assert data.ImageDataset(source, 8, 3)[2, False][2] == [
         "row 2: the label is missing; 4 classes have the labels 0 to 3"
     ]
-    nothing = data.Source([(None, 0)] * 2, np.zeros(2, int), "row {}".format, num_classes=1)
+    nothing = data.Source([(None, 0)] * 2, np.zeros(2, int), "row {}".format, num_classes=1, num_examples=2)
     with pytest.raises(ValueError, match="not one example is good; the first: row 1"):
         data.ImageDataset(nothing, 8, 3)[1, False]
 
@@ -270,3 +273,71 @@ def test_missing_labels_in_a_table(tmp_path):
     assert source.num_classes == 7
     with pytest.raises(ValueError, match="row 1 of .*t.parquet: the label is missing"):
         source.check_labels(7)
+
+
+def stream_batches(path, workers, *, count, **changes):
+    """`count` micro batches of a stream, without the shuffling buffer's help to look alike."""
+    settings = dict(seed=0, rank=0, world_size=1, mirror=True) | changes
+    source = data.open_source(str(path), streaming=True)
+    batch, micro = settings.pop("batch", 24), settings.pop("micro", 8)
+    sampler = data.GlobalBatchSampler(None, batch, micro, **settings)
+    dataset = data.StreamedBatches(source, data.ImageReader(8, 3, 5), sampler, workers)
+    return list(itertools.islice(data.make_loader(dataset, None, workers, torch.device("cpu")), count))
+
+
+def fingerprint(images):
+    return [hash(image.numpy().tobytes()) for image in images]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_stream_has_the_same_images_and_labels(kind, same_images):
+    source = data.open_source(str(same_images[kind]))
+    dataset = data.ImageDataset(source, 8, 3)
+    expected = {
+        (hash(dataset[i, flip][0].numpy().tobytes()), dataset[i, flip][1]) for i in range(64) for flip in (0, 1)
+    }
+    batches = stream_batches(same_images[kind], 0, count=16)  # two epochs of 64
+    seen = [
+        (f, label)
+        for images, labels, _ in batches
+        for f, label in zip(fingerprint(images), labels.tolist(), strict=True)
+    ]
+    assert set(seen) <= expected and len(seen) == 128
+    assert seen[:64] != seen[64:]
+    unflipped = stream_batches(same_images[kind], 0, count=16, mirror=False)
+    both = [fingerprint(images) for images, _, _ in unflipped]
+    assert sorted(sum(both[:8], [])) == sorted(sum(both[8:], [])) == sorted({f for b in both for f in b})
+
+
+def test_a_stream_s_order_does_not_depend_on_workers_ranks_or_restarts(same_images):
+    path = same_images["parquet"]
+    one = sum((fingerprint(images) for images, _, _ in stream_batches(path, 0, count=9)), [])
+    assert one == sum((fingerprint(images) for images, _, _ in stream_batches(path, 4, count=9)), [])
+    later = stream_batches(path, 0, count=3, start_step=2)
+    assert sum((fingerprint(images) for images, _, _ in later), []) == one[48:]
+    ranks = [
+        [fingerprint(images) for images, _, _ in stream_batches(path, 0, count=3, micro=12, rank=r, world_size=2)]
+        for r in range(2)
+    ]
+    assert sum((ranks[0][step] + ranks[1][step] for step in range(3)), []) == one
+
+
+def test_bad_rows_of_a_stream_are_named(tmp_path):
+    import datasets
+
+    good = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(good, "PNG")
+    cells = [{"bytes": good.getvalue(), "path": None}] * 3 + [{"bytes": b"broken", "path": None}]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 7, 2]}, features=features)
+    table.to_parquet(tmp_path / "t.parquet")
+    ((images, labels, problems),) = stream_batches(tmp_path / "t.parquet", 0, count=1, batch=4, micro=4)
+    lines = sorted(itertools.chain(*problems))
+    assert len(lines) == 2
+    assert "row 2 of" in lines[0] and "label 7 is out of range" in lines[0]
+    assert "row 3 of" in lines[1] and "the image cannot be read" in lines[1]
+    assert images.shape == (4, 3, 8, 8) and set(labels.tolist()) == {0, 1}
+    source = data.open_source(str(tmp_path / "t.parquet"), streaming=True)
+    assert source.num_classes is None and source.num_examples is None
+    with pytest.raises(ValueError, match="--streaming is for data of the kinds parquet, arrow, hub"):
+        data.open_source("digits", streaming=True)

@@ -73,3 +73,21 @@ def test_an_autoencoder_that_is_not_there_is_named(name, monkeypatch):
         with pytest.raises(ValueError, match=f"cannot load the VAE '{name}'.*allowed are 'ema', 'mse'") as error:
             function(*arguments)
         assert "\n" not in str(error.value)
+
+
+def test_slices_and_bf16_change_little(vae_folder, monkeypatch):
+    images = torch.rand(5, 3, 16, 16) * 2 - 1
+    space = latents.open_space(vae_folder[0], 3, "cpu")
+    whole = space.moments(images)
+    seen = []
+    encode = space.model.encode
+    monkeypatch.setattr(space.model, "encode", lambda x: seen.append(len(x)) or encode(x))
+    monkeypatch.setattr(latents, "SLICE_PIXELS", 2 * 16 * 16)
+    torch.testing.assert_close(space.moments(images), whole, atol=1e-5, rtol=1e-4)
+    assert seen == [2, 2, 1]
+    z = space.encode(images)
+    torch.testing.assert_close(space.decode(z), torch.cat([space.decode(row[None]) for row in z]), atol=1e-5, rtol=1e-4)
+    half = latents.AutoencoderSpace(vae_folder[0], "cpu", torch.bfloat16)
+    moments = half.moments(images)
+    assert moments.dtype == torch.float32
+    assert 0 < (moments - whole).norm() / whole.norm() < 0.03

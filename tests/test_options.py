@@ -11,7 +11,7 @@ from test_models import STATE_DICT
 
 import options
 
-SCRIPTS = ("train", "sample", "download", "demo")
+SCRIPTS = ("train", "sample", "extract_latents", "download", "demo")
 
 
 def fail(script, arguments, capsys, monkeypatch):

@@ -145,7 +145,7 @@ def official_file(folder, arguments):
 
 
 def test_official_checkpoints_bring_their_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling.latents, "AutoencoderSpace", lambda vae, device: vae)
+    monkeypatch.setattr(sampling.latents, "AutoencoderSpace", lambda vae, device, dtype: vae)
     path = official_file(tmp_path, dict(path_type="VP", prediction="score", vae="mse", image_size=64, lr=1e-4))
     pipeline = sampling.load_pipeline(path, CPU)
     assert (pipeline.transport.prediction, pipeline.transport.sample_eps) == ("score", 1e-3)

@@ -11,6 +11,7 @@ from PIL import Image
 from test_data import bad_folder, write_images
 
 import checkpoint
+import data
 import train
 from models import SiT
 
@@ -80,9 +81,9 @@ def loss_curve_of_one_process(tmp_path_factory):
     return losses(tmp_path_factory.mktemp("one"))
 
 
-def losses(folder, *arguments, processes=1):
-    """The loss of each of 12 steps of a tiny model on the digits."""
-    result = run("train.py", *TINY, "--max-steps", 12, "--output-dir", folder, *arguments, processes=processes)
+def losses(folder, *arguments, processes=1, steps=12):
+    """The loss of each step of a tiny model on the digits."""
+    result = run("train.py", *TINY, "--max-steps", steps, "--output-dir", folder, *arguments, processes=processes)
     assert result.returncode == 0, result.stderr
     return [line["loss"] for line in read_metrics(folder)]
 
@@ -145,6 +146,22 @@ def test_bad_images_stop_the_run_or_are_counted(tmp_path):
     assert 8 <= read_metrics(tmp_path / "skipped")[-1]["bad_images"] <= 10
     log = (tmp_path / "skipped" / "log.txt").read_text()
     assert "left out" in log and "a/1.png" in log and "b/2.png" in log
+
+
+def test_training_on_a_stream_for_any_number_of_ranks(tmp_path):
+    import datasets
+
+    digits = data.open_source("digits").examples[:50]
+    features = datasets.Features({"img": datasets.Image(), "digit": datasets.Value("int64")})
+    columns = {"img": [image for image, _ in digits], "digit": [label for _, label in digits]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "digits.parquet")
+    path = ["--data-path", tmp_path / "digits.parquet", "--image-key", "img", "--label-key", "digit", "--streaming"]
+    result = run("train.py", *TINY, *path, "--max-steps", 2, "--output-dir", tmp_path / "no")
+    assert result.returncode == 2 and "--num-classes is missing" in result.stderr
+    curves = [
+        losses(tmp_path / str(n), *path, "--num-classes", 10, "--image-size", 8, processes=n, steps=4) for n in (1, 2)
+    ]
+    np.testing.assert_allclose(*curves, atol=1e-5)
 
 
 def test_training_from_given_weights_starts_where_they_are(digits_run, tmp_path, loss_curve_of_one_process):

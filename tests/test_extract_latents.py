@@ -1,0 +1,183 @@
+"""extract_latents.py, and training from what it writes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, read_metrics, run
+from diffusers import AutoencoderKL
+from test_data import bad_folder, write_images
+
+import data
+import latents
+
+SIZES = {"cat": [(20, 17)] * 9, "dog": [(16, 40)] * 8, "fox": [(16, 16), (33, 31)] * 3}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images") / "train", SIZES)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.7,
+        shift_factor=0.2,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(folder)
+    return folder
+
+
+def arguments(images, vae, output):
+    flags = ["--image-size", 16, "--batch-size", 4, "--shard-size", 5, "--num-workers", 0]
+    return ["extract_latents.py", "--data-path", images, "--vae", vae, "--output", output, *flags]
+
+
+@pytest.fixture(scope="module")
+def cached(images, vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    result = run(*arguments(images, vae, folder))
+    assert result.returncode == 0, result.stderr
+    assert "23 images" in result.stdout and "images/s, 0 left out" in result.stdout
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shards_hold_the_posteriors_of_images_and_mirror_images(images, vae, cached):
+    latent_data = data.open_source(str(cached))
+    source = data.open_source(str(images))
+    model = AutoencoderKL.from_pretrained(vae)
+    pixels = data.ImageDataset(source, 16, 3)
+    assert len(latent_data) == len(pixels) == 23 and latent_data.num_classes == 3
+    for index in range(23):
+        for flip in (False, True):
+            moments, label, problems = latent_data[index, flip]
+            image, expected_label, _ = pixels[index, flip]
+            with torch.no_grad():
+                posterior = model.encode(image[None]).latent_dist
+            expected = torch.cat([posterior.mean, posterior.std])
+            torch.testing.assert_close(moments, expected, atol=1e-5, rtol=1e-4)
+            assert label == expected_label and problems == []
+
+
+def test_training_from_latents_is_training_from_images(images, vae, cached, tmp_path):
+    """Flips and posterior noise belong to the place in the global batch, so even the loss curves agree."""
+    flags = [*TINY, "--max-steps", 4, "--sample-every", 4]
+    result = run(
+        "train.py", *flags, "--data-path", images, "--vae", vae, "--image-size", 16, "--output-dir", tmp_path / "a"
+    )
+    assert result.returncode == 0, result.stderr
+    position = flags.index("--vae")
+    flags = flags[:position] + flags[position + 2 :]
+    result = run("train.py", *flags, "--data-path", cached, "--num-workers", 2, "--output-dir", tmp_path / "b")
+    assert result.returncode == 0, result.stderr
+    curves = [[line["loss"] for line in read_metrics(tmp_path / run_folder)] for run_folder in ("a", "b")]
+    np.testing.assert_allclose(*curves, atol=1e-5)
+    states = [json.loads((tmp_path / f / "checkpoint-4/trainer_state.json").read_text()) for f in ("a", "b")]
+    assert states[0]["latents"] == states[1]["latents"] and states[0]["model"] == states[1]["model"]
+    assert (tmp_path / "b" / "samples" / "0000004.png").is_file()
+
+
+def test_draws_have_the_posteriors_mean_and_deviation(cached, vae):
+    latent_data = data.open_source(str(cached))
+    space = latents.CachedSpace(str(vae), "cpu", torch.float32, latent_data.scale, latent_data.shift)
+    moments = latent_data[3, True][0]
+    draws = space.encode(moments.expand(4000, *moments.shape))
+    mean, std = moments
+    torch.testing.assert_close(draws.mean(0), (mean - 0.2) * 0.7, atol=0.06, rtol=0.05)
+    torch.testing.assert_close(draws.std(0), std * 0.7, atol=0.01, rtol=0.1)
+
+
+def test_two_ranks_write_the_same_bytes(images, vae, cached, tmp_path):
+    result = run(*arguments(images, vae, tmp_path / "two"), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "two") == contents(cached)
+
+
+def test_a_killed_extraction_continues_to_the_same_bytes(images, vae, cached, tmp_path):
+    folder = tmp_path / "killed"
+    script, *rest = map(str, arguments(images, vae, folder))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *rest],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(folder.glob("shard-*")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survivors = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    result = run(*arguments(images, vae, folder))
+    assert result.returncode == 0, result.stderr
+    final = {name: content for name, content in contents(folder).items() if not name.endswith(".partial")}
+    assert final == contents(cached)
+    assert survivors and all((folder / name).stat().st_mtime_ns == stamp for name, stamp in survivors.items())
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "shorter", "missing", "manifest"])
+def test_damage_is_named(damage, cached, tmp_path):
+    for name, content in contents(cached).items():
+        (tmp_path / name).write_bytes(content)
+    shard = tmp_path / "shard-00002.safetensors"
+    if damage == "flipped byte":
+        content = bytearray(shard.read_bytes())
+        content[-7] ^= 1
+        shard.write_bytes(content)
+    elif damage == "shorter":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="manifest.json is damaged" if damage == "manifest" else "shard-00002"):
+        data.open_source(str(tmp_path))
+
+
+def test_bad_images_stop_extraction_or_are_left_out(vae, tmp_path):
+    folder = bad_folder(tmp_path / "images")
+    result = run(*arguments(folder, vae, tmp_path / "latents"))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "a/1.png" in result.stderr
+    result = run(*arguments(folder, vae, tmp_path / "latents"), "--skip-bad-images")
+    assert result.returncode == 0, result.stderr
+    assert "2 left out" in result.stdout
+    latent_data = data.open_source(str(tmp_path / "latents"))
+    assert [latent_data[i, False][1] for i in range(len(latent_data))] == [0, 0, 1, 1, 1]
+
+
+def test_mistakes(images, vae, cached, tmp_path, capsys, monkeypatch):
+    from test_options import fail
+
+    def message(*more, output=tmp_path / "new", path=images):
+        _, *flags = arguments(path, vae, output)
+        return fail("extract_latents", [*flags, *more], capsys, monkeypatch)
+
+    assert "begun with image_size 16, not 32" in message("--image-size", 32, output=cached)
+    assert "is not empty" in message(output=images)
+    assert "must be a multiple of 2" in message("--image-size", 15)
+    assert "--vae none encodes nothing" in message("--vae", "none")
+    assert "holds cached latents already" in message(path=cached)
+    assert not (tmp_path / "new").exists()
+    flags = [flag for flag in TINY if flag not in ("--vae", "none")]
+    for given in (["--image-size", 32], ["--vae", "mse"]):
+        error = fail(
+            "train", [*flags, "--data-path", cached, *given, "--output-dir", tmp_path / "r"], capsys, monkeypatch
+        )
+        assert "contradicts the cached latents" in error
