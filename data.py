@@ -32,7 +32,7 @@ class Source:
 
     `examples[i]` is (PIL image, label), or raises an error of any kind if the image cannot be read. `name(i)` says
     which file or row that is. Of a stream, `examples` is a function of a seed that gives (i, function without arguments
-    that returns such a pair), one after the other in an order that the seed decides.
+    that returns such a pair), one after the other in an order that the seed decides; i may be any key for `name`.
     """
 
     examples: Sequence | Callable[[int], Iterator]
@@ -214,10 +214,24 @@ class _TableExamples(Sequence):
 
 
 def _stream(rows, example, seed):
-    """Rows of a `datasets.IterableDataset` in the order of a seed: (row number, function giving (image, label))."""
-    numbered = rows.map(lambda row, number: {**row, "number": number}, with_indices=True)
-    for row in numbered.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
-        yield row["number"], functools.partial(example, row)
+    """Rows of a `datasets.IterableDataset` in the order of a seed: (row name, function giving (image, label)).
+
+    The files come in a random order, and a buffer of rows is shuffled as they pass. (The library's own buffer passes
+    about fifty rows a second, fewer than one process decodes.)
+    """
+    rng = np.random.default_rng(seed)
+    buffer = []
+    for shard in rng.permutation(rows.num_shards):
+        for number, row in enumerate(rows.shard(rows.num_shards, int(shard))):
+            entry = (f"{number} of file {shard}", functools.partial(example, row))
+            if len(buffer) < SHUFFLE_BUFFER:
+                buffer.append(entry)
+                continue
+            place = rng.integers(SHUFFLE_BUFFER)
+            buffer[place], entry = entry, buffer[place]
+            yield entry
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 def _example_of_row(row, image_key, label_key):
@@ -266,8 +280,9 @@ class ImageReader:
         image = center_crop(image, self.image_size)
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1  # (H, W) or (H, W, 3)
-        return pixels.reshape(self.image_size, self.image_size, -1).permute(2, 0, 1).contiguous(), label
+        # In NumPy: PyTorch's threads, on so small a tensor, slow a loader without worker processes several times.
+        pixels = np.asarray(image, dtype=np.float32).reshape(self.image_size, self.image_size, -1)  # (H, W, C)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)) / 127.5 - 1), label
 
 
 class ImageDataset(Dataset):
@@ -342,7 +357,7 @@ class StreamedBatches(IterableDataset):
         for epoch in itertools.count():
             start = place
             flips = np.random.default_rng([self.sampler.seed, ORDER_STREAM, epoch])
-            for number, example in self.source.examples(seed_from(self.sampler.seed, ORDER_STREAM, epoch) % 2**32):
+            for number, example in self.source.examples(seed_from(self.sampler.seed, ORDER_STREAM, epoch)):
                 yield place, number, example, self.sampler.mirror and flips.random() < 0.5
                 place += 1
             if place == start:

@@ -68,6 +68,22 @@ def test_centre_crop_is_square_centred_and_keeps_the_scale(size):
     assert np.diff(crop[:, 4:12], axis=1).mean() == pytest.approx(slope, rel=0.25)
 
 
+@pytest.mark.parametrize("size", [(37, 91), (91, 37), (500, 375), (5, 9), (9, 5), (16, 16), (33, 32), (200, 31)])
+def test_centre_crop_equals_the_adm_recipe(size):
+    """guided-diffusion: halve with BOX while the short side is at least twice too long, then BICUBIC, then the middle."""
+    width, height = size
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    halved = image
+    for _ in range(int(np.log2(max(min(size) / 16, 1)))):
+        halved = halved.resize((halved.width // 2, halved.height // 2), Image.Resampling.BOX)
+    factor = 16 / min(halved.width, halved.height)
+    resized = halved.resize((round(halved.width * factor), round(halved.height * factor)), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized)
+    top, left = (pixels.shape[0] - 16) // 2, (pixels.shape[1] - 16) // 2
+    expected = pixels[top : top + 16, left : left + 16]
+    assert np.array_equal(np.asarray(data.center_crop(image, 16)), expected)
+
+
 def test_centre_crop_of_the_right_size_changes_nothing():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     assert np.array_equal(np.asarray(data.center_crop(image, 16)), np.asarray(image))
@@ -289,6 +305,16 @@ def fingerprint(images):
     return [hash(image.numpy().tobytes()) for image in images]
 
 
+def test_a_stream_s_buffer_is_shuffled_and_passes_every_row(same_images, monkeypatch):
+    monkeypatch.setattr(data, "SHUFFLE_BUFFER", 10)
+    source = data.open_source(str(same_images["parquet"]), streaming=True)
+    orders = [[name for name, _ in source.examples(seed)] for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+    expected = {f"{i} of file 0" for i in range(40)} | {f"{i} of file 1" for i in range(24)}
+    assert set(orders[0]) == expected and len(orders[0]) == 64
+    assert orders[0] != sorted(orders[0])
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_stream_has_the_same_images_and_labels(kind, same_images):
     source = data.open_source(str(same_images[kind]))
@@ -334,8 +360,8 @@ def test_bad_rows_of_a_stream_are_named(tmp_path):
     ((images, labels, problems),) = stream_batches(tmp_path / "t.parquet", 0, count=1, batch=4, micro=4)
     lines = sorted(itertools.chain(*problems))
     assert len(lines) == 2
-    assert "row 2 of" in lines[0] and "label 7 is out of range" in lines[0]
-    assert "row 3 of" in lines[1] and "the image cannot be read" in lines[1]
+    assert "row 2 of file 0 of" in lines[0] and "label 7 is out of range" in lines[0]
+    assert "row 3 of file 0 of" in lines[1] and "the image cannot be read" in lines[1]
     assert images.shape == (4, 3, 8, 8) and set(labels.tolist()) == {0, 1}
     source = data.open_source(str(tmp_path / "t.parquet"), streaming=True)
     assert source.num_classes is None and source.num_examples is None
