@@ -318,9 +318,8 @@ class StreamedBatches(IterableDataset):
 
     The counterpart of `ImageDataset` with `GlobalBatchSampler`, whose arguments it takes and whose places it keeps to:
     every rank reads the whole stream and decodes its own share, so that a step trains on the same examples for any
-    number of ranks. Each epoch has an order of its own. `threads` decode images side by side.
-
-    A bad example's place is taken by the next good one of the micro batch.
+    number of ranks. (Apart from bad ones: the next good example of the micro batch takes their places.) Each epoch has
+    an order of its own. `threads` decode images side by side.
     """
 
     def __init__(self, source, reader, sampler, threads):

@@ -74,7 +74,7 @@ def main():
     add("--ckpt", str, "PATH", "run folder or checkpoint folder of a run on the digits", required=True)
     add("--samples-per-class", options.integer(10), "N", "images of each class", default=50)
     add("--cfg-scale", options.number(), "S", "guidance scale", default=1.5)
-    add("--seed", options.integer(0), "SEED", "image i depends on the seed and i alone", default=0)
+    add("--seed", options.integer(0), "SEED", "noise of image i depends on the seed and i alone", default=0)
     add("--output", pathlib.Path, "FILE.png", "picture of 100 samples (default: digits.png in the folder of --ckpt)")
     args = parser.parse_args()
     output = args.output or pathlib.Path(args.ckpt) / "digits.png"

@@ -65,8 +65,8 @@ def resolve(name_or_path):
 
 
 def _released_name(name):
-    """('XL', '2', '256') of any spelling of a released model's name; None if it is not one."""
-    match = re.search(r"SiT-(S|B|L|XL)[-/_](\d+)[-_](\d+)(?!\d)", name)
+    """('XL', '2', '256') of any spelling of a released model's name; None if it is not one, as a path is not."""
+    match = re.fullmatch(r"SiT-(S|B|L|XL)[-/_](\d+)[-_](\d+)(?!\d)[^/]*", name)
     return match and match.groups()
 
 

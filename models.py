@@ -32,8 +32,9 @@ class TimestepEmbedder(nn.Module):
     def timestep_embedding(t, dim, max_period=10000):
         """Cosines and sines (N, dim) of t (N,) at dim / 2 frequencies from 1 down to 1 / max_period radians."""
         half = dim // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t[:, None].float() * torch.exp(-math.log(max_period) * exponents)  # (N, dim / 2)
+        dtype = torch.promote_types(t.dtype, torch.float32)  # bf16 cannot tell the times of neighbouring steps apart
+        exponents = torch.arange(half, dtype=dtype, device=t.device) / half
+        angles = t[:, None].to(dtype) * torch.exp(-math.log(max_period) * exponents)  # (N, dim / 2)
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
     def forward(self, t):

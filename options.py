@@ -204,10 +204,11 @@ def add_transport_flags(parser, from_checkpoint):
 
     def add_choice(flag, choices, default, text):
         names = ["none" if choice is None else choice for choice in choices]
-        shown = "none" if default is None else default
-        shown = f"the checkpoint's, or {shown}" if from_checkpoint else shown
-        text = f"{text} (default: {shown})"
-        add(flag, one_of(*choices), "|".join(names), text, **({} if from_checkpoint else {"default": default}))
+        if from_checkpoint:
+            text, default = f"{text} (default: the checkpoint's, or {default or 'none'})", None
+        elif default is None:
+            text = f"{text} (default: none)"
+        add(flag, one_of(*choices), "|".join(names), text, default=default)
 
     add_choice("--path-type", tuple(PATHS), "Linear", "path between noise and data")
     add_choice("--prediction", PREDICTIONS, "velocity", "what the network predicts")

@@ -20,7 +20,7 @@ def build_parser():
     add("--samples-per-class", options.integer(1), "N", "images of each label", default=1)
     add("--columns", options.integer(1), "N", "columns of the grid (default: by the number of images)")
     add("--batch-size", options.integer(1), "N", "images at a time", default=64)
-    add("--seed", options.integer(0), "SEED", "image i of the grid depends on the seed and i alone", default=0)
+    add("--seed", options.integer(0), "SEED", "noise of image i depends on the seed and i alone", default=0)
     output = "the grid; FILE.json beside it says how it was made"
     add("--output", pathlib.Path, "FILE.png", output, default=pathlib.Path("sample.png"))
     return parser
@@ -47,7 +47,14 @@ def main():
     sampling.save_grid(images, args.output, min(columns, len(images)))
     description = sampling.describe(pipeline, **how, calls=calls)
     sampling.save_description(
-        {**description, "ckpt": args.ckpt, "class_labels": labels}, args.output.with_suffix(".json")
+        {
+            **description,
+            "ckpt": args.ckpt,
+            "class_labels": labels,
+            "samples_per_class": args.samples_per_class,
+            "batch_size": args.batch_size,
+        },
+        args.output.with_suffix(".json"),
     )
     print(sampling.summary(description))
     print(args.output)

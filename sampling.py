@@ -27,7 +27,7 @@ class Pipeline:
 
     model: SiT
     transport: Transport
-    space: latents.PixelSpace | latents.AutoencoderSpace
+    space: latents.PixelSpace | latents.AutoencoderSpace | latents.CachedSpace
     device: torch.device
     guided_channels: int | None
 
@@ -212,9 +212,10 @@ def guide(model, cfg_scale, guided_channels):
 class ImageNoise:
     """Standard normal noise for images by their index: row i depends on (seed, index i) alone, on any device.
 
-    Each image has a stream of its own, from which `draw` and `randn_like` take turn by turn, so what an image gets
-    depends neither on the batch it is in nor on the number of processes. Drawn on the CPU, where it is the same on
-    every machine.
+    Each image has a stream of its own, from which `draw` and `randn_like` take turn by turn, so the noise that an image
+    gets depends neither on the batch it is in nor on the number of processes. (With an adaptive ODE method the image
+    still depends on the batch, within the tolerances: the solver has one step size for all of it.) Drawn on the CPU,
+    where it is the same on every machine.
     """
 
     def __init__(self, seed, indices, device):
@@ -312,7 +313,9 @@ def describe(pipeline, *, mode, settings, cfg_scale, seed, calls):
         "cfg_scale": cfg_scale,
         "guided_channels": min(guided_channels, pipeline.model.in_channels) if cfg_scale != 1 else 0,
         "channels": pipeline.model.in_channels,
-        "precision": "fp32",
+        "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
+        "path": type(pipeline.transport.path).__name__,
+        "prediction": pipeline.transport.prediction,
         "sample_eps": pipeline.transport.sample_eps,
         "seed": seed,
     }

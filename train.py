@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 
@@ -99,8 +100,8 @@ def main():
             checkpoint.load_into(model, download.find_model(args.ckpt), args.ckpt)
         cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, model)
         space = open_space(args, config, source, device)
+        wandb = import_wandb() if args.wandb and distributed.rank() == 0 else None
         output_dir = distributed.from_rank_zero(choose_output_dir(args))
-        wandb = start_wandb(args, output_dir) if args.wandb and distributed.rank() == 0 else None
 
     # Build what trains: the model's average, the optimizer, the batches of this rank.
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -124,6 +125,8 @@ def main():
     max_steps = args.max_steps or max(1, args.epochs * source.num_examples // args.global_batch_size)
 
     # Say what is about to happen.
+    if wandb is not None:
+        wandb.init(name=output_dir.name, dir=output_dir, config=vars(args))
     log = RunLog(output_dir, wandb)
     log.line(f"run folder {output_dir}")
     log.line(f"{sum(p.numel() for p in model.parameters()):,} parameters; {json.dumps(config['model'])}")
@@ -307,7 +310,8 @@ def choose_output_dir(args):
         return None
     output_dir = args.output_dir
     if output_dir is None:
-        number = len(list(args.results_dir.glob("*/")))
+        numbers = [re.match(r"(\d{3,})-", path.name) for path in args.results_dir.glob("*/")]
+        number = max((int(match[1]) + 1 for match in numbers if match), default=0)
         name = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
         while (output_dir := args.results_dir / f"{number:03d}-{name}").exists():
             number += 1
@@ -372,13 +376,13 @@ def trainer_state(args, config, step, source):
     }
 
 
-def start_wandb(args, output_dir):
-    """Start a run of Weights & Biases, which is imported when it is asked for and not before. Raises ValueError."""
+def import_wandb():
+    """Weights & Biases, which is imported when it is asked for and not before. Raises ValueError if it is not there."""
     try:
         import wandb
     except ImportError as error:
         raise ValueError("--wandb needs the package wandb: pip install wandb") from error
-    return wandb.init(name=output_dir.name, dir=output_dir, config=vars(args))
+    return wandb
 
 
 class RunLog:

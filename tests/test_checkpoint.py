@@ -197,8 +197,9 @@ def test_released_weights_are_looked_up_in_the_listing(monkeypatch, tmp_path):
         download.resolve("SiT-XL/2-512")
     with pytest.raises(ValueError, match="no file fits.*SiT-B-2-256.pt"):
         download.resolve("SiT-B/4-256")
-    with pytest.raises(ValueError, match="no such checkpoint: model.pt; give a path"):
-        download.resolve("model.pt")
+    for path in ("model.pt", "/home/me/SiT-XL-2-256x256.pt", "results/my-SiT-B-2-256/checkpoint-9"):
+        with pytest.raises(ValueError, match=f"no such checkpoint: {path}; give a path"):
+            download.resolve(path)
 
 
 def test_what_is_in_the_cache_needs_no_network(monkeypatch, tmp_path):

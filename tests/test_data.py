@@ -70,7 +70,7 @@ def test_centre_crop_is_square_centred_and_keeps_the_scale(size):
 
 @pytest.mark.parametrize("size", [(37, 91), (91, 37), (500, 375), (5, 9), (9, 5), (16, 16), (33, 32), (200, 31)])
 def test_centre_crop_equals_the_adm_recipe(size):
-    """guided-diffusion: halve with BOX while the short side is at least twice too long, then BICUBIC, then the middle."""
+    """guided-diffusion's: halve with BOX while the short side is twice too long or more, BICUBIC, then the middle."""
     width, height = size
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
     halved = image

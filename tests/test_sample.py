@@ -34,7 +34,9 @@ def test_a_checkpoint_of_train_needs_no_other_flag(digits_run, tmp_path):
     result = run("sample.py", "--ckpt", digits_run, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (
-        "ODE dopri5" in result.stdout and "fp32" in result.stdout and "guidance 4 on 1 of 1 channels" in result.stdout
+        "ODE dopri5" in result.stdout
+        and "float32" in result.stdout
+        and "guidance 4 on 1 of 1 channels" in result.stdout
     )
     assert Image.open(tmp_path / "sample.png").size == (4 * 66 + 2, 3 * 66 + 2)
     description = json.loads((tmp_path / "sample.json").read_text())

@@ -1,8 +1,10 @@
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
+import torchdiffeq
 from conftest import GaussianNetwork, load_golden
 
 from transport import DIFFUSION_FORMS, LAST_STEPS, ODE_METHODS, PATHS, PREDICTIONS, Sampler, create_transport
@@ -158,6 +160,44 @@ def test_sampling_keeps_one_state_and_no_graph():
         assert states.shape[0] == 1 and not states.requires_grad
 
 
+@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams", "dopri5", "Euler", "Heun"])
+def test_memory_does_not_grow_with_the_number_of_steps(method):
+    """States that are alive at a network call, counted through weak references: as many for 60 steps as for 20."""
+
+    def most_alive(num_steps):
+        seen, most = [], 0
+
+        def model(x, t):
+            nonlocal most
+            seen.append(weakref.ref(x))
+            most = max(most, sum(reference() is not None for reference in seen))
+            return -x
+
+        sampler = Sampler(create_transport())
+        make = sampler.sample_sde if method in ("Euler", "Heun") else sampler.sample_ode
+        make(sampling_method=method, num_steps=num_steps)(torch.randn(2, 3), model)
+        return most
+
+    assert most_alive(60) <= most_alive(20)
+
+
+def test_the_ode_stores_two_states(monkeypatch):
+    stored = []
+    original = torchdiffeq.odeint
+    monkeypatch.setattr(
+        torchdiffeq, "odeint", lambda f, x, times, **more: stored.append(len(times)) or original(f, x, times, **more)
+    )
+    Sampler(create_transport()).sample_ode(sampling_method="rk4", num_steps=50)(torch.randn(2, 3), lambda x, t: x)
+    assert stored == [2]
+
+
+def test_a_default_eps_does_not_change_a_given_last_step():
+    transport = create_transport("Linear", "noise")
+    network = GaussianNetwork(transport)
+    Sampler(transport).sample_sde(last_step_size=1e-4, num_steps=10)(torch.randn(2, 3), network)
+    assert network.times[-1][0].item() == pytest.approx(1 - 1e-4, abs=1e-6)
+
+
 def test_the_caller_s_tensor_is_not_changed():
     transport = create_transport()
     x = torch.randn(2, 3)
@@ -221,7 +261,7 @@ def test_the_sde_keeps_to_its_interval(path_type, prediction):
             torch.randn(8, 2), network
         )
         times = torch.cat(network.times)
-        end = 1 - max(transport.sample_eps, 0 if last_step is None else 0.04)
+        end = 0.9 if eps else 0.96 if last_step else 1 - transport.sample_eps
         assert times.max() <= end + 1e-6
         if eps is not None:
             assert times.max() == pytest.approx(end, abs=1e-6)
@@ -270,6 +310,16 @@ def test_likelihood_uses_one_probe_per_solve():
     assert set(difference.tolist()) == {-1.0, 1.0}
 
 
+def test_likelihood_of_a_constant_flow():
+    """A velocity that does not depend on x moves all points alike and has no divergence."""
+    sample = Sampler(create_transport()).sample_ode_likelihood(sampling_method="euler", num_steps=5)
+    x = torch.randn(3, 4)
+    logp, z = sample(x, lambda x, t: torch.ones_like(x))
+    torch.testing.assert_close(z, x - 1)
+    torch.testing.assert_close(logp, create_transport().prior_logp(x - 1))
+    assert sample.network_calls == 4
+
+
 def test_likelihood_through_a_module_whatever_the_grad_mode():
     module = torch.nn.Linear(4, 4)
 
@@ -295,6 +345,8 @@ def test_likelihood_through_a_module_whatever_the_grad_mode():
         ("sample_sde", dict(last_step="mean"), "unknown last step 'mean'; choose from None, Mean, Tweedie, Euler"),
         ("sample_sde", dict(last_step_size=0.0), "last step size"),
         ("sample_sde", dict(diffusion_norm=-1.0), "diffusion norm"),
+        ("sample_sde", dict(diffusion_norm=math.nan), "diffusion norm"),
+        ("sample_ode", dict(num_steps=2.5), "num_steps"),
         ("sample_ode_likelihood", dict(sampling_method="rk5"), "unknown sampling method 'rk5'"),
     ],
 )

@@ -56,6 +56,24 @@ def test_weights_train_and_the_average_follows(digits_run):
     assert torch.equal(states[0]["pos_embed"], states[1]["pos_embed"])
 
 
+def test_learning_rate_decay_and_average_are_those_of_the_flags(tmp_path):
+    """Adam's first step has size lr for every weight with a gradient; weight decay shrinks the others; EMA follows."""
+    flags = ["--max-steps", 1, "--lr", 0.01, "--weight-decay", 0.5, "--ema-decay", 0.75]
+    losses(tmp_path, *flags, steps=1)
+    trained, average = (
+        checkpoint.load_weights(tmp_path / "checkpoint-1" / name).state_dict for name in ("model.safetensors", "ema.pt")
+    )
+    torch.manual_seed(0)
+    initial = SiT(**checkpoint.read_state(tmp_path / "checkpoint-1")["model"]).state_dict()
+    key = "final_layer.linear.weight"  # zero at first, so nothing decays, and the only layer with a gradient
+    used = trained[key] != 0
+    torch.testing.assert_close(trained[key][used].abs(), torch.full_like(trained[key][used], 0.01), rtol=1e-3, atol=0)
+    key = "blocks.0.attn.qkv.weight"  # behind closed gates: no gradient, so the decay is all that happens
+    torch.testing.assert_close(trained[key], initial[key] * (1 - 0.01 * 0.5))
+    for key in trained:
+        torch.testing.assert_close(average[key], 0.75 * initial[key] + 0.25 * trained[key])
+
+
 def test_ema_is_the_recursion_of_its_definition():
     model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     expected = 0.9 * ema.weight.detach() + 0.1 * model.weight.detach()

@@ -6,7 +6,7 @@ images = Sampler(transport).sample_ode()(noise, model, y=y)[-1]
 """
 
 from .integrators import ODE_METHODS, SDE_METHODS
-from .path import DIFFUSION_FORMS, PATHS
+from .path import DIFFUSION_FORMS, PATHS, check_choice
 from .sampler import LAST_STEPS, Sampler
 from .transport import LOSS_WEIGHTS, PREDICTIONS, Transport
 
@@ -30,7 +30,7 @@ def create_transport(path_type="Linear", prediction="velocity", loss_weight=None
     Args:
         path_type: 'Linear', 'GVP' or 'VP'.
         prediction: what the network predicts: 'velocity', 'score' or 'noise'.
-        loss_weight: None, 'velocity' or 'likelihood': weight over time of score and noise losses (SiT, table 2). The
+        loss_weight: None, 'velocity' or 'likelihood': weight over time of score and noise losses. The
             velocity loss is taken unweighted whatever this says, as in the official code.
         train_eps, sample_eps: in [0, 0.5): how far training times and sampling stay from the singular ends of [0, 1]:
             both ends for Linear and GVP, the data end alone for VP. None: 0 for velocity on Linear and GVP, 1e-3 for
@@ -44,8 +44,7 @@ def create_transport(path_type="Linear", prediction="velocity", loss_weight=None
         ("prediction", prediction, PREDICTIONS),
         ("loss weight", loss_weight, LOSS_WEIGHTS),
     ):
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(map(str, choices))}")
+        check_choice(name, value, choices)
     for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
         if eps is not None and not 0 <= eps < 0.5:
             raise ValueError(f"{name} must lie in [0, 0.5), not {eps}")

@@ -1,14 +1,14 @@
 """Interpolant paths between noise and data: their coefficients and the identities that follow from them.
 
 Time runs from noise to data, everywhere in this project: t = 0 is noise x0 ~ N(0, I), t = 1 is data x1, and
-    x_t = alpha(t) x1 + sigma(t) x0          (SiT, eq. 1, with time reversed as in the official code)
+    x_t = alpha(t) x1 + sigma(t) x0          (SiT, section 2, with time reversed as in the official code)
 with alpha(0) ~ 0, sigma(0) ~ 1, alpha(1) = 1, sigma(1) = 0. Nothing here knows of a network.
 
 Every conversion below is linear algebra on the pair of equations
     x = alpha x1 + sigma x0,    velocity = d_alpha x1 + d_sigma x0,
-whose determinant is `wronskian` = d_alpha sigma - alpha d_sigma, together with score = -x0 / sigma. Written this way
-(and not through d_alpha / alpha, as in the paper's appendix) they divide by nothing but what is truly singular:
-a score at sigma = 0, and a velocity made from noise or score at alpha = 0.
+whose determinant is, up to its sign, `wronskian` = d_alpha sigma - alpha d_sigma, together with score = -x0 / sigma.
+Written this way, and not through d_alpha / alpha, they divide by nothing but what is truly singular: a score at
+sigma = 0, and a velocity made from noise or score at alpha = 0.
 """
 
 import abc
@@ -16,7 +16,21 @@ import math
 
 import torch
 
-DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+# w(t) of the SDE for a path and t, each described in `Path.diffusion`.
+DIFFUSION_FORMS = {
+    "constant": lambda path, t: torch.ones_like(t),
+    "SBDM": lambda path, t: path.sigma_wronskian(t) / path.alpha(t),
+    "sigma": lambda path, t: path.sigma(t),
+    "linear": lambda path, t: 1 - t,
+    "decreasing": lambda path, t: 0.25 * (torch.cos(math.pi * t) + 1) ** 2,
+    "increasing-decreasing": lambda path, t: torch.sin(math.pi * t) ** 2,
+}
+
+
+def check_choice(name, value, choices):
+    """Raise ValueError that lists the choices if `value` is none of them."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(map(str, choices))}")
 
 
 def expand_like(t, x):
@@ -76,7 +90,7 @@ class Path(abc.ABC):
         return (self.d_alpha(t) * x - self.wronskian(t) * noise) / self.alpha(t)
 
     def noise_to_score(self, noise, x, t):
-        """grad_x log p_t(x) = -E[x0 | x_t = x] / sigma (SiT, eq. 7); singular where sigma(t) = 0."""
+        """grad_x log p_t(x) = -E[x0 | x_t = x] / sigma; singular where sigma(t) = 0."""
         return -noise / self.sigma(expand_like(t, x))
 
     def score_to_noise(self, score, x, t):
@@ -84,7 +98,7 @@ class Path(abc.ABC):
         return -self.sigma(expand_like(t, x)) * score
 
     def velocity_to_score(self, velocity, x, t):
-        """Score from velocity (SiT, eq. 9); singular where sigma(t) = 0."""
+        """Score from velocity; singular where sigma(t) = 0."""
         return self.noise_to_score(self.velocity_to_noise(velocity, x, t), x, t)
 
     def score_to_velocity(self, score, x, t):
@@ -93,9 +107,10 @@ class Path(abc.ABC):
         return (self.d_alpha(t) * x + self.sigma_wronskian(t) * score) / self.alpha(t)
 
     def diffusion(self, t, form, norm=1.0):
-        """Diffusion coefficient w(t) of the SDE dx = (velocity + w score) dt + sqrt(2 w) dW (SiT, eq. 5 and table 3).
+        """Diffusion coefficient w(t) of the SDE dx = (velocity + w score) dt + sqrt(2 w) dW, as in the official code.
 
-        Any w >= 0 leaves the marginals of the path unchanged; `form` chooses its shape and `norm` its scale:
+        The paper writes w / 2 and sqrt(w), so this w is half of the paper's. Any w >= 0 leaves the path's marginals
+        unchanged; `form` chooses its shape and `norm` its scale:
             constant                1
             SBDM                    sigma wronskian / alpha, which makes the SDE the reverse of the forward diffusion of
                                     score-based models; infinite where alpha(t) = 0
@@ -106,17 +121,8 @@ class Path(abc.ABC):
 
         `t` may have any shape; the result has the same. Raises ValueError for an unknown form.
         """
-        forms = {
-            "constant": torch.ones_like,
-            "SBDM": lambda t: self.sigma_wronskian(t) / self.alpha(t),
-            "sigma": self.sigma,
-            "linear": lambda t: 1 - t,
-            "decreasing": lambda t: 0.25 * (torch.cos(math.pi * t) + 1) ** 2,
-            "increasing-decreasing": lambda t: torch.sin(math.pi * t) ** 2,
-        }
-        if form not in forms:
-            raise ValueError(f"unknown diffusion form {form!r}; choose from {', '.join(DIFFUSION_FORMS)}")
-        return norm * forms[form](t)
+        check_choice("diffusion form", form, DIFFUSION_FORMS)
+        return norm * DIFFUSION_FORMS[form](self, t)
 
 
 class LinearPath(Path):

@@ -1,9 +1,11 @@
 """Puts an ODE, an SDE or a likelihood together: a transport, a stepper, and a time grid."""
 
+import math
+
 import torch
 
 from .integrators import FIXED_STEP_ODE_METHODS, ODE_METHODS, SDE_METHODS, ode_integrate, sde_integrate
-from .path import DIFFUSION_FORMS
+from .path import DIFFUSION_FORMS, check_choice
 
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
@@ -24,12 +26,13 @@ class Sampler:
     def sample_ode(
         self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3, reverse=False, trajectory=False
     ):
-        """Sample by the probability-flow ODE dx/dt = velocity(x, t) (SiT, eq. 4).
+        """Sample by the probability-flow ODE dx/dt = velocity(x, t).
 
         Args:
             sampling_method: one of `ODE_METHODS`, torchdiffeq's names.
             num_steps: time points of the fixed-step methods; the adaptive ones choose their own steps.
-            atol, rtol: tolerances of the adaptive methods, relative to the root mean square over the whole batch.
+            atol, rtol: tolerances of the adaptive methods. The error is measured as its root mean square over the whole
+                batch, so their steps, and within the tolerances the result, depend on what else is in the batch.
             reverse: integrate from data to noise, over the same interval.
             trajectory: keep every time point, not the end state alone.
 
@@ -37,7 +40,7 @@ class Sampler:
             `fn(x, model, **model_kwargs)` -> (S, N, ...): S = 1, the end state, or with `trajectory` S = num_steps,
             the first being x. `fn(...)[-1]` is the end state either way.
         """
-        _check_choice("sampling method", sampling_method, ODE_METHODS)
+        check_choice("sampling method", sampling_method, ODE_METHODS)
         _check_num_steps(num_steps)
         t0, t1 = self.transport.ode_interval()
         self._check_regular(t0, t1)
@@ -52,10 +55,9 @@ class Sampler:
             states = ode_integrate(
                 velocity, x, times, method=sampling_method, atol=atol, rtol=rtol, trajectory=trajectory
             )
-            return states if trajectory else states[-1:]
+            return states if trajectory else states[-1:].clone()  # a view would keep the initial state alive
 
-        calls_per_step = FIXED_STEP_ODE_METHODS.get(sampling_method)
-        sample.network_calls = None if calls_per_step is None else calls_per_step * (num_steps - 1)
+        sample.network_calls = _ode_network_calls(sampling_method, num_steps)
         return sample
 
     def sample_sde(
@@ -70,7 +72,7 @@ class Sampler:
         trajectory=False,
         randn_like=torch.randn_like,
     ):
-        """Sample by the SDE dx = (velocity + w score) dt + sqrt(2 w) dW (SiT, eq. 5), from noise to data.
+        """Sample by the SDE dx = (velocity + w score) dt + sqrt(2 w) dW, from noise to data.
 
         Args:
             sampling_method: 'Euler' (Euler-Maruyama) or 'Heun'.
@@ -78,7 +80,8 @@ class Sampler:
             last_step: how to get from t = 1 - last_step_size to 1, where the score is singular: 'Mean' (the drift of
                 the SDE, no noise), 'Tweedie' (the posterior mean), 'Euler' (the velocity of the ODE), or None: the SDE
                 is integrated to the end of the interval and stops there.
-            last_step_size: in (0, 1); of no effect without a last step. A larger `sample_eps` takes its place.
+            last_step_size: in (0, 1); of no effect without a last step. A larger `sample_eps` that was given takes its
+                place.
             num_steps: time points of the SDE; the last step comes on top.
             trajectory: keep every state, not the end state alone.
             randn_like: draws the noise of a step in the shape of its argument.
@@ -87,12 +90,12 @@ class Sampler:
             `fn(x, model, **model_kwargs)` -> (S, N, ...): S = 1, the end state, or with `trajectory` x, the state
             after each of the num_steps - 1 steps and, if there is one, after the last step.
         """
-        _check_choice("sampling method", sampling_method, tuple(SDE_METHODS))
-        _check_choice("diffusion form", diffusion_form, DIFFUSION_FORMS)
-        _check_choice("last step", last_step, LAST_STEPS)
+        check_choice("sampling method", sampling_method, tuple(SDE_METHODS))
+        check_choice("diffusion form", diffusion_form, DIFFUSION_FORMS)
+        check_choice("last step", last_step, LAST_STEPS)
         _check_num_steps(num_steps)
-        if diffusion_norm < 0:
-            raise ValueError(f"diffusion norm must be 0 or more, not {diffusion_norm}")
+        if not 0 <= diffusion_norm < math.inf:
+            raise ValueError(f"diffusion norm must be a number of 0 or more, not {diffusion_norm}")
         if last_step is not None and not 0 < last_step_size < 1:
             raise ValueError(f"last step size must lie between 0 and 1, not {last_step_size}")
         path, transport = self.transport.path, self.transport
@@ -152,10 +155,10 @@ class Sampler:
 
         Returns:
             `fn(x, model, **model_kwargs)` -> (logp, z): log p(x) (N,) in nats, summed over all dimensions, and the
-            noise (N, ...) that x is carried to. Works whatever the grad mode outside, inference mode included; the
-            result carries no gradient.
+            noise (N, ...) that x is carried to. Works whatever the grad mode outside, inference mode included (for a
+            model whose parameters were not made in it); the result carries no gradient.
         """
-        _check_choice("sampling method", sampling_method, ODE_METHODS)
+        check_choice("sampling method", sampling_method, ODE_METHODS)
         _check_num_steps(num_steps)
         t0, t1 = self.transport.ode_interval()
         self._check_regular(t0, t1)
@@ -174,7 +177,7 @@ class Sampler:
                 with torch.enable_grad():
                     x.requires_grad_()
                     velocity = self.transport.velocity(model(x, t, **model_kwargs), x, t)
-                    (product,) = torch.autograd.grad((velocity * probe).sum(), x)
+                    (product,) = torch.autograd.grad((velocity * probe + 0 * x).sum(), x)
                 return velocity.detach(), (product * probe).flatten(1).sum(1)
 
             z, change = ode_integrate(
@@ -187,6 +190,7 @@ class Sampler:
             )
             return self.transport.prior_logp(z[-1]) + change[-1], z[-1]
 
+        log_likelihood.network_calls = _ode_network_calls(sampling_method, num_steps)
         return log_likelihood
 
     def _check_regular(self, t0, t1, diffusion_form=None):
@@ -200,20 +204,22 @@ class Sampler:
                 diffusion = self.transport.path.diffusion(t, diffusion_form)
                 drift = drift + diffusion * (1 + self.transport.score(one, one, t))
             if not torch.isfinite(drift).all():
+                what = f"prediction {self.transport.prediction!r}"
+                what += "" if diffusion_form is None else f" with the diffusion form {diffusion_form!r}"
                 raise ValueError(
                     f"sample_eps = {self.transport.sample_eps} evaluates the drift at t = {t.item():g}, where it is "
-                    f"singular for prediction {self.transport.prediction!r} on this path; use one above 0, such as 1e-3"
+                    f"singular for {what} on this path; use one above 0, such as 1e-3"
                 )
 
 
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(map(str, choices))}")
-
-
 def _check_num_steps(num_steps):
-    if num_steps < 2:
-        raise ValueError(f"num_steps counts both ends of the interval and must be 2 or more, not {num_steps}")
+    if num_steps < 2 or num_steps != int(num_steps):
+        raise ValueError(f"num_steps counts both ends of the interval: an integer of 2 or more, not {num_steps}")
+
+
+def _ode_network_calls(sampling_method, num_steps):
+    calls_per_step = FIXED_STEP_ODE_METHODS.get(sampling_method)
+    return None if calls_per_step is None else calls_per_step * (num_steps - 1)
 
 
 def _time_grid(start, end, num_steps, x):

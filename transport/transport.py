@@ -41,7 +41,9 @@ class Transport:
         start = self.sample_eps
         if self.sample_eps_is_default and diffusion_form == "SBDM":
             start = max(start, 1e-3)  # its diffusion is infinite where alpha = 0
-        return self._start(start), 1 - max(self.sample_eps, last_step_size)
+        # With a last step nothing is evaluated beyond it, so the default eps, which keeps off the end, has no say.
+        end = last_step_size if last_step_size and self.sample_eps_is_default else max(self.sample_eps, last_step_size)
+        return self._start(start), 1 - end
 
     def times(self, uniform):
         """Map uniform random numbers in [0, 1) to training times, any shape."""
@@ -55,7 +57,7 @@ class Transport:
         return t, x0, x1
 
     def training_losses(self, model, x1, model_kwargs=None, *, t=None, x0=None):
-        """Loss of each sample (SiT, eq. 3 for velocity; eq. 6 and table 2 for score and noise with their weights).
+        """Loss of each sample: the squared error of velocity, noise, or sigma times score, the last two weighted.
 
         Args:
             model: see the class.
@@ -66,7 +68,9 @@ class Transport:
         Returns:
             dict: 'loss' (N,), the mean over all but the first dimension, and 'pred', the model's output.
         """
-        if t is None or x0 is None:
+        if (t is None) != (x0 is None):
+            raise ValueError("give both t and x0, or none of them")
+        if t is None:
             t, x0, x1 = self.sample(x1)
         xt, ut = self.path.interpolate(t, x0, x1)
         pred = model(xt, t, **(model_kwargs or {}))
