@@ -83,7 +83,7 @@ def save(output_dir, step, model, ema, optimizer, state):
 
 def find_latest(output_dir):
     """The folder of the highest step among the checkpoints in `output_dir`; None if there is none."""
-    found = [path for path in pathlib.Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    found = [path for path in pathlib.Path(output_dir).glob("checkpoint-*/") if NAME.fullmatch(path.name)]
     return max(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), default=None)
 
 
@@ -132,6 +132,9 @@ def read_state(folder):
         state = json.loads(path.read_text())
         if not all(isinstance(state[part], dict) for part in ("model", "transport", "latents")):
             raise ValueError("the parts 'model', 'transport' and 'latents' must be there")
+        for part, key in (("transport", "path_type"), ("transport", "prediction"), ("latents", "vae")):
+            if not isinstance(state[part][key], str):
+                raise ValueError(f"{key} must be a name, not {state[part][key]!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or not of train.py: {error}") from error
     return state
@@ -151,8 +154,9 @@ def _read_pt(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; it was not loaded") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch file: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # unpickling what is no pickle fails in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} is not a readable PyTorch file: {reason}") from error
 
 
 def _weights_and_arguments(content, path):
@@ -164,7 +168,9 @@ def _weights_and_arguments(content, path):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    ):
         raise ValueError(f"{path} holds no state dict, neither bare nor under 'ema' or 'model'")
     state_dict = {key.removeprefix("module."): value for key, value in content.items()}
     if "pos_embed" not in state_dict or "x_embedder.proj.weight" not in state_dict:

@@ -83,6 +83,7 @@ def main():
         pipeline = sampling.load_pipeline(args.ckpt, distributed.init())
         if (pipeline.model.input_size, pipeline.model.in_channels, pipeline.model.num_classes) != (8, 1, 10):
             raise ValueError(f"--ckpt {args.ckpt} is not of a run on the digits")
+        sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model)
 
     labels = list(range(10)) * args.samples_per_class
     how = dict(mode="ODE", settings=options.ODE_DEFAULTS | {"num_steps": 50}, cfg_scale=args.cfg_scale, seed=args.seed)

@@ -42,7 +42,8 @@ def main():
         sampling.make_sample_function(pipeline.transport, args.mode, settings, sampling.ImageNoise(0, [], device))
 
     # Draw, and write the grid with the settings beside it.
-    images, calls = sampling.generate(pipeline, labels * args.samples_per_class, batch_size=args.batch_size, **how)
+    with options.user_errors(parser):
+        images, calls = sampling.generate(pipeline, labels * args.samples_per_class, batch_size=args.batch_size, **how)
     columns = args.columns or (len(labels) if args.samples_per_class > 1 else max(4, math.ceil(math.sqrt(len(labels)))))
     sampling.save_grid(images, args.output, min(columns, len(images)))
     description = sampling.describe(pipeline, **how, calls=calls)

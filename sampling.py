@@ -106,17 +106,16 @@ def load_pipeline(ckpt, device, guided_channels=None, **given):
     weights = checkpoint.load_weights(
         download.resolve(ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}")
     )
-    model_config = _model_config(weights, given)
     try:
-        model = SiT(**model_config)
+        model = SiT(**_model_config(weights, given))
         transport = create_transport(**_transport_config(weights, given))
-    except TypeError as error:
-        raise ValueError(f"{weights.path}: {checkpoint.STATE_FILE} beside it is damaged: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{weights.path}: its configuration is damaged: {error}") from error
     vae = given.get("vae") or weights.config.get("latents", {}).get("vae", "ema")
-    downsampling, channels = latents.geometry(vae, model_config["in_channels"])
-    image_size = model_config["input_size"] * downsampling
-    if channels != model_config["in_channels"]:
-        raise ValueError(f"the weights take {model_config['in_channels']} channels, but --vae {vae} makes {channels}")
+    downsampling, channels = latents.geometry(vae, model.in_channels)
+    image_size = model.input_size * downsampling
+    if channels != model.in_channels:
+        raise ValueError(f"the weights take {model.in_channels} channels, but --vae {vae} makes {channels}")
     if given.get("image_size", image_size) != image_size:
         raise ValueError(
             f"--image-size {given['image_size']} contradicts the weights: they make images of {image_size} pixels"
@@ -293,6 +292,9 @@ def check_output(path):
         raise ValueError(f"--output {path} must end in .png")
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: the folder {path.parent} does not exist")
+    for file in (path, path.with_suffix(".json")):
+        if file.is_dir():
+            raise ValueError(f"--output {path}: {file} is a folder")
 
 
 def save_grid(images, path, columns, min_side=64):

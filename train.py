@@ -97,7 +97,7 @@ def main():
         torch.manual_seed(args.global_seed)
         model = SiT(**config["model"]).to(device)
         if args.ckpt is not None:
-            checkpoint.load_into(model, download.find_model(args.ckpt), args.ckpt)
+            load_initial_weights(model, config["model"], args.ckpt)
         cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, model)
         space = open_space(args, config, source, device)
         wandb = import_wandb() if args.wandb and distributed.rank() == 0 else None
@@ -223,6 +223,16 @@ def split_batch(global_batch_size, micro_batch_size, world_size):
             f"--micro-batch-size {micro_batch_size} x {world_size} ranks = {micro_batch_size * world_size}"
         )
     return global_batch_size // (micro_batch_size * world_size), micro_batch_size
+
+
+def load_initial_weights(model, model_config, name):
+    """Put the weights that --ckpt names into the model. Raises ValueError where they are not this model's."""
+    weights = checkpoint.load_weights(download.resolve(name))
+    # The shapes do not tell the number of heads, so weights would load and mean something else.
+    heads = weights.config["model"].get("num_heads") if weights.own else model_config["num_heads"]
+    if heads != model_config["num_heads"]:
+        raise ValueError(f"--ckpt {name} has {heads} attention heads, and the model {model_config['num_heads']}")
+    checkpoint.load_into(model, weights.state_dict, name)
 
 
 def open_space(args, config, source, device):

@@ -12,7 +12,8 @@ import download
 import hub
 from models import SiT, SiT_models
 
-STATE = {"model": META["config"], "transport": {}, "latents": {"vae": "none"}}
+TRANSPORT = {"path_type": "Linear", "prediction": "velocity"}
+STATE = {"model": META["config"], "transport": TRANSPORT, "latents": {"vae": "none"}}
 
 
 @pytest.fixture
@@ -135,6 +136,12 @@ def test_other_things_are_named(tmp_path):
         checkpoint.load_weights(tmp_path / "nothing.pt")
     with pytest.raises(ValueError, match="no checkpoint in"):
         checkpoint.load_weights(tmp_path)
+    (tmp_path / "text.pt").write_text("q: not weights\n")
+    with pytest.raises(ValueError, match="text.pt"):
+        checkpoint.load_weights(tmp_path / "text.pt")
+    torch.save({1: torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        checkpoint.load_weights(tmp_path / "w.pt")
     torch.save({"a": 1}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="no state dict"):
         checkpoint.load_weights(tmp_path / "w.pt")

@@ -89,6 +89,11 @@ def test_a_run_folder_with_checkpoints_is_not_written_over(capsys, monkeypatch, 
     assert (digits_run / "log.txt").read_text() == before
 
 
+def test_weights_of_another_number_of_heads_do_not_start_a_run(capsys, monkeypatch, digits_run, tmp_path):
+    flags = [*TINY, "--num-heads", "8", "--ckpt", digits_run, "--output-dir", tmp_path / "run"]
+    assert "has 4 attention heads, and the model 8" in fail("train", flags, capsys, monkeypatch)
+
+
 SAMPLE_MISTAKES = [
     (["ODEE"], "choose from"),
     (["--sampling-metod", "euler"], "did you mean --sampling-method"),
@@ -109,6 +114,7 @@ SAMPLE_MISTAKES = [
     (["--prediction", "noise"], "--prediction noise contradicts the checkpoint"),
     (["--vae", "ema"], "--vae ema makes 4"),
     (["--output", "grid.bmp"], "must end in .png"),
+    (["--atol", "1e-30", "--rtol", "1e-30"], "are too tight"),
     (["--output", "/nowhere/grid.png"], "the folder /nowhere does not exist"),
     (["--seed", "-1"], "must be an integer of 0 or more"),
     (["--guided-channels", "some"], "must be an integer of 1 or more"),

@@ -125,6 +125,12 @@ DAMAGES = {
     "other depth": lambda state: state["model"].update(depth=3),
     "unknown path": lambda state: state["transport"].update(path_type="Cubic"),
     "not a dict": lambda state: state.update(transport=[1]),
+    "no heads": lambda state: state["model"].pop("num_heads"),
+    "no channels": lambda state: state["model"].pop("in_channels"),
+    "no prediction": lambda state: state["transport"].pop("prediction"),
+    "path is a list": lambda state: state["transport"].update(path_type=["VP"]),
+    "vae is a number": lambda state: state["latents"].update(vae=3),
+    "eps is a text": lambda state: state["transport"].update(sample_eps="x"),
 }
 
 

@@ -355,6 +355,11 @@ def test_bad_arguments_are_named(method, arguments, message):
         getattr(Sampler(create_transport()), method)(**arguments)
 
 
+def test_a_network_that_is_not_finite_is_named():
+    with pytest.raises(ValueError, match="the network's output is not finite"):
+        Sampler(create_transport()).sample_ode()(torch.randn(2, 3), lambda x, t: x / 0)
+
+
 @pytest.mark.parametrize("path_type, prediction", [("Linear", "noise"), ("GVP", "score"), ("VP", "noise")])
 def test_an_eps_of_zero_where_the_drift_is_singular_is_refused(path_type, prediction):
     sampler = Sampler(create_transport(path_type, prediction, sample_eps=0.0))

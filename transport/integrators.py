@@ -27,6 +27,9 @@ def ode_integrate(velocity, x, times, *, method, atol, rtol, trajectory=False):
         atol, rtol: tolerances of the adaptive methods.
         trajectory: keep the states at all T times (S = T). Otherwise the first and the last (S = 2), so that memory
             does not grow with T.
+
+    Raises:
+        ValueError: an adaptive method cannot meet its tolerances.
     """
     low, high = times.min(), times.max()
 
@@ -42,7 +45,11 @@ def ode_integrate(velocity, x, times, *, method, atol, rtol, trajectory=False):
     elif method != "scipy_solver":
         options["grid_constructor"] = lambda _derivative, _state, _ends: times
     ends = times if trajectory else times[[0, -1]]
-    return torchdiffeq.odeint(derivative, x, ends, method=method, atol=atol, rtol=rtol, options=options)
+    try:
+        return torchdiffeq.odeint(derivative, x, ends, method=method, atol=atol, rtol=rtol, options=options)
+    except AssertionError as error:  # how torchdiffeq says that its steps became too small
+        problem = f"atol {atol:g} and rtol {rtol:g} are too tight, or the network's output is not finite"
+        raise ValueError(f"{method} found no step that meets its tolerances ({error}): {problem}") from error
 
 
 def euler_maruyama_step(drift, diffusion, x, t, dt, noise):
