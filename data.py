@@ -142,7 +142,13 @@ def _class_folders(data_path):
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--data-path {data_path!r} holds no class folders with images: {reason}") from error
-    return Source(folder, np.array(folder.targets), lambda i: folder.samples[i][0], len(folder.classes), len(folder))
+    # Named functions, not lambdas: worker processes are sent the source where they are not forked (macOS, Windows).
+    name = functools.partial(_path_of_sample, folder)
+    return Source(folder, np.array(folder.targets), name, len(folder.classes), len(folder))
+
+
+def _path_of_sample(folder, index):
+    return folder.samples[index][0]
 
 
 def _open_table(data_path, data_format, split, streaming):
@@ -430,6 +436,9 @@ class CachedLatents(Dataset):
 
     def __len__(self):
         return int(self.ends[-1])
+
+    def __getstate__(self):
+        return self.__dict__ | {"opened": {}}  # a worker process opens the shards itself
 
     def __getitem__(self, key):
         index, flip = key

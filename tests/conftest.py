@@ -1,16 +1,13 @@
-"""What several test files need: golden values, networks with exact answers, and the project's scripts as processes."""
+"""What several test files need: golden values, networks with exact answers, a small autoencoder, a finished run."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from processes import run
 
-ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
@@ -52,24 +49,6 @@ class GaussianNetwork:
         return output.to(x.dtype)
 
 
-def run(*arguments, processes=1, cwd=ROOT, timeout=300):
-    """Run a script of the project, with torchrun for several processes; the completed process, text output captured."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    script, *rest = map(str, arguments)
-    return subprocess.run(
-        [*launcher, str(ROOT / script), *rest],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
-
-
 def read_metrics(folder):
     """The lines of metrics.jsonl in a run's folder."""
     return [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -89,3 +68,25 @@ def digits_run(tmp_path_factory):
     result = run("train.py", *arguments)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_vae(tmp_path_factory):
+    """A function that makes a small `diffusers.AutoencoderKL` from changes to its config, and gives its folder."""
+
+    def make(levels=2, **config):
+        from diffusers import AutoencoderKL
+
+        torch.manual_seed(0)
+        model = AutoencoderKL(
+            block_out_channels=(8,) * levels,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            **config,
+        )
+        folder = tmp_path_factory.mktemp("vae")
+        model.save_pretrained(folder)
+        return folder
+
+    return make

@@ -1,5 +1,6 @@
 import io
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -218,6 +219,16 @@ def test_the_same_images_through_every_format(kind, same_images):
         expected, expected_label, _ = by_name[position[f"{i:02d}.png"], i % 2 == 1]
         assert torch.equal(image, expected) and label == expected_label and problems == []
     assert source.labels.tolist() == [label for _, label, _ in items]
+
+
+@pytest.mark.parametrize("kind", ["digits", "folder", "parquet", "saved", "dict", "arrow"])
+def test_a_data_set_can_be_sent_to_worker_processes(kind, same_images):
+    """Where they are not forked (macOS, Windows, Python 3.14), the data set is pickled."""
+    source = data.open_source(str(same_images.get(kind, kind)))
+    dataset = data.ImageDataset(source, 8, source.channels)
+    received = pickle.loads(pickle.dumps(dataset))
+    assert len(received) == len(dataset) and received.source.name(7) == source.name(7)
+    assert torch.equal(received[7, True][0], dataset[7, True][0])
 
 
 def test_splits_and_columns_are_named(same_images):

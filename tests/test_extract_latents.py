@@ -1,17 +1,16 @@
 """extract_latents.py, and training from what it writes."""
 
 import json
-import os
+import pickle
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, read_metrics, run
+from conftest import TINY, read_metrics
 from diffusers import AutoencoderKL
+from processes import Script, run
 from test_data import bad_folder, write_images
 
 import data
@@ -26,19 +25,8 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    torch.manual_seed(0)
-    model = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=0.7,
-        shift_factor=0.2,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(folder)
-    return folder
+def vae(small_vae):
+    return small_vae(scaling_factor=0.7, shift_factor=0.2)
 
 
 def arguments(images, vae, output):
@@ -94,6 +82,12 @@ def test_training_from_latents_is_training_from_images(images, vae, cached, tmp_
     assert (tmp_path / "b" / "samples" / "0000004.png").is_file()
 
 
+def test_cached_latents_can_be_sent_to_worker_processes(cached):
+    latent_data = data.open_source(str(cached))
+    expected = latent_data[11, True][0]
+    assert torch.equal(pickle.loads(pickle.dumps(latent_data))[11, True][0], expected)
+
+
 def test_draws_have_the_posteriors_mean_and_deviation(cached, vae):
     latent_data = data.open_source(str(cached))
     space = latents.CachedSpace(str(vae), "cpu", torch.float32, latent_data.scale, latent_data.shift)
@@ -112,18 +106,11 @@ def test_two_ranks_write_the_same_bytes(images, vae, cached, tmp_path):
 
 def test_a_killed_extraction_continues_to_the_same_bytes(images, vae, cached, tmp_path):
     folder = tmp_path / "killed"
-    script, *rest = map(str, arguments(images, vae, folder))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *rest],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not list(folder.glob("shard-*")) and process.poll() is None:
+    script = Script(*arguments(images, vae, folder))
+    while not list(folder.glob("shard-*")) and script.alive():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    script.signal(signal.SIGKILL)
+    script.wait()
     survivors = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     result = run(*arguments(images, vae, folder))
     assert result.returncode == 0, result.stderr

@@ -6,19 +6,8 @@ import latents
 
 
 @pytest.fixture(scope="module", params=[dict(latent_channels=4), dict(latent_channels=16, shift_factor=0.3)])
-def vae_folder(request, tmp_path_factory):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        scaling_factor=0.25,
-        **request.param,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
-    return str(folder), request.param
+def vae_folder(request, small_vae):
+    return str(small_vae(levels=3, scaling_factor=0.25, **request.param)), request.param
 
 
 def test_pixel_space_is_the_identity():

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run
 from PIL import Image
+from processes import run
 
 import checkpoint
 import demo

@@ -234,7 +234,7 @@ def test_every_sde_gives_the_right_distribution(path_type, prediction, method):
             randn_like=lambda x: torch.randn(x.shape, generator=generator),
         )
         network = GaussianNetwork(transport)
-        end = sample(torch.randn(5_000, 2, generator=generator), network)[-1]
+        end = sample(torch.randn(100, 100, generator=generator), network)[-1]
         assert network.calls == sample.network_calls
         mean, std = end.mean().item(), end.std().item()
         # 10,000 numbers: the standard errors are 0.007 and 0.005. The rest is the bias of 250 steps and of 'Mean',

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, read_metrics, run
-from diffusers import AutoencoderKL
+from conftest import TINY, read_metrics
 from PIL import Image
+from processes import run, torchrun
 from test_data import bad_folder, write_images
 
 import checkpoint
@@ -117,24 +117,23 @@ def test_ranks_and_accumulation_do_not_change_the_loss_curve(arguments, processe
     np.testing.assert_allclose(curve, loss_curve_of_one_process, atol=1e-5)
 
 
+def test_torchrun_itself(tmp_path, loss_curve_of_one_process):
+    result = torchrun("train.py", *TINY, "--max-steps", 3, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    curve = [line["loss"] for line in read_metrics(tmp_path)]
+    np.testing.assert_allclose(curve, loss_curve_of_one_process[:3], atol=1e-5)
+
+
 def test_the_seed_changes_the_loss_curve(tmp_path, loss_curve_of_one_process):
     curve = losses(tmp_path, "--global-seed", 1)
     assert np.abs(np.subtract(curve, loss_curve_of_one_process)).min() > 1e-4
 
 
 @pytest.mark.parametrize("path_type, prediction", [("GVP", "noise"), ("VP", "score")])
-def test_images_in_class_folders_through_an_autoencoder(path_type, prediction, tmp_path):
+def test_images_in_class_folders_through_an_autoencoder(path_type, prediction, small_vae, tmp_path):
     """Training, a grid and sampling on colour images, with a VAE that the test makes."""
     images = write_images(tmp_path / "images", {"cat": [(20, 17)] * 5, "dog": [(16, 40)] * 4, "fox": [(16, 16)] * 3})
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    vae.save_pretrained(tmp_path / "vae")
-    arguments = [*TINY, "--data-path", images, "--vae", tmp_path / "vae", "--image-size", 16, "--max-steps", 2]
+    arguments = [*TINY, "--data-path", images, "--vae", small_vae(), "--image-size", 16, "--max-steps", 2]
     arguments += ["--path-type", path_type, "--prediction", prediction, "--sample-every", 2, "--num-classes", 5]
     result = run("train.py", *arguments, "--results-dir", tmp_path / "results")
     assert result.returncode == 0, result.stderr
