@@ -1,12 +1,17 @@
 """From files to batches: data sets, transforms, and the order in which a run sees its examples."""
 
+import atexit
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
 import os
 import pathlib
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,8 +27,12 @@ from distributed import ORDER_STREAM, generator, seed_from
 
 FORMATS = ("digits", "folder", "saved", "parquet", "arrow", "latents", "hub")
 STREAMED_FORMATS = ("parquet", "arrow", "hub")
+SPLITS = {"train", "val", "valid", "validation", "test"}
+PATIENCE = 1000  # examples that are tried in the place of a bad one
+WORKER_GRACE_SECONDS = 30  # in which a worker goes on after SIGTERM
+MOST_CLASSES = 1_000_000  # a larger label is taken for a mistake
 SHUFFLE_BUFFER = 10_000  # examples of a stream that are shuffled among themselves, after its files
-MANIFEST = "manifest.json"  # of a folder of cached latents
+MANIFEST, SETTINGS = "manifest.json", "settings.json"  # of a folder of cached latents
 
 
 @dataclasses.dataclass
@@ -40,9 +49,18 @@ class Source:
     name: Callable[[int], str]
     num_classes: int | None  # None where a stream does not say
     num_examples: int | None  # likewise
+    declares_classes: bool = True  # whether the data say how many classes there are, or the largest label does
     channels: int = 3  # of the images as they are: 1 grey, 3 colour
     image_size: int | None = None  # the size that all images have, if they do
     mirrors: bool = True  # whether a mirrored image is still one of its class
+    left_out: list = dataclasses.field(default_factory=list)  # a line for each bad thing that was passed over
+
+    def fingerprint(self):
+        """SHA-256 of the examples' names and labels, in their order."""
+        digest = hashlib.sha256(self.labels.astype(np.int64).tobytes())
+        for i in range(len(self.labels)):
+            digest.update(self.name(i).encode() + b"\0")
+        return digest.hexdigest()
 
     def check_labels(self, num_classes):
         """Raise ValueError naming the first example whose label is missing or beyond `num_classes`."""
@@ -59,7 +77,15 @@ def check_label(label, num_classes, name):
         raise ValueError(f"{name}: {problem}; {num_classes} classes have the labels 0 to {num_classes - 1}")
 
 
-def open_source(data_path, data_format=None, image_key="image", label_key="label", split="train", streaming=False):
+def open_source(
+    data_path,
+    data_format=None,
+    image_key="image",
+    label_key="label",
+    split=None,
+    streaming=False,
+    skip_bad=False,
+):
     """Open labelled images of any of these kinds.
 
         digits     scikit-learn's handwritten digits
@@ -74,8 +100,9 @@ def open_source(data_path, data_format=None, image_key="image", label_key="label
         data_path: 'digits', a path or a name.
         data_format: one of FORMATS; None: what is there (`recognise_format`).
         image_key, label_key: columns of the image and of the class label, in tables.
-        split: which split to read, where the data has several.
+        split: which split to read, where the data has several; None: 'train'.
         streaming: read hub, parquet or arrow data from front to back, without a copy on this machine's disk.
+        skip_bad: pass over class folders without images and damaged shards of latents, and say so in `left_out`.
 
     Returns:
         A `Source` of images, or `CachedLatents`.
@@ -90,10 +117,10 @@ def open_source(data_path, data_format=None, image_key="image", label_key="label
     if data_format == "digits":
         return _digits()
     if data_format == "folder":
-        return _class_folders(data_path)
+        return _class_folders(data_path, split, skip_bad)
     if data_format == "latents":
-        return CachedLatents(data_path)
-    table = _open_table(data_path, data_format, split, streaming)
+        return CachedLatents(data_path, skip_bad)
+    table = _open_table(data_path, data_format, split or "train", streaming)
     return _from_table(table, data_path, image_key, label_key, streaming)
 
 
@@ -107,6 +134,8 @@ def recognise_format(data_path):
             return "saved"
         if (path / MANIFEST).is_file():
             return "latents"
+        if (path / SETTINGS).is_file():
+            raise ValueError(f"--data-path {data_path!r}: extract_latents.py has not finished there; run it again")
         return next((kind for kind in ("parquet", "arrow") if _files_of(path, kind)), "folder")
     if path.is_file() and path.suffix in (".parquet", ".arrow"):
         return path.suffix[1:]
@@ -119,8 +148,8 @@ def recognise_format(data_path):
 
 
 def _files_of(path, kind):
-    """The files of a kind that `path` is or holds, not looking into class folders, sorted."""
-    return [str(path)] if path.is_file() else sorted(map(str, path.glob(f"*.{kind}")))
+    """The files of a kind that `path` is or holds, itself or in data/ (as on the hub), sorted."""
+    return [str(path)] if path.is_file() else sorted(map(str, (*path.glob(f"*.{kind}"), *path.glob(f"data/*.{kind}"))))
 
 
 def _digits():
@@ -134,17 +163,35 @@ def _digits():
     return Source(examples, digits.target, name, 10, len(examples), channels=1, image_size=8, mirrors=False)
 
 
-def _class_folders(data_path):
+def _class_folders(data_path, split, skip_bad):
     from torchvision.datasets import ImageFolder
 
+    inside = {entry.name for entry in os.scandir(data_path) if entry.is_dir()} if os.path.isdir(data_path) else set()
+    if inside and inside <= SPLITS:  # not class folders, but folders of them
+        if (split or "train") not in inside:
+            raise ValueError(f"--data-path {data_path!r} has no split {split or 'train'!r}; it has {sorted(inside)}")
+        data_path = os.path.join(data_path, split or "train")
+    elif split is not None:
+        raise ValueError(f"--split {split} has no effect: the folders in {data_path!r} are classes")
     try:
-        folder = ImageFolder(data_path)
+        folder = ImageFolder(data_path, loader=_open_image, allow_empty=skip_bad)
+        if not folder.samples:
+            raise FileNotFoundError("all are empty")
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--data-path {data_path!r} holds no class folders with images: {reason}") from error
     # Named functions, not lambdas: worker processes are sent the source where they are not forked (macOS, Windows).
     name = functools.partial(_path_of_sample, folder)
-    return Source(folder, np.array(folder.targets), name, len(folder.classes), len(folder))
+    empty = sorted(set(range(len(folder.classes))) - set(folder.targets))
+    left_out = [f"the folder {os.path.join(data_path, folder.classes[c])}, which holds no image" for c in empty]
+    return Source(folder, np.array(folder.targets), name, len(folder.classes), len(folder), left_out=left_out)
+
+
+def _open_image(path):
+    """The image as it is: torchvision's own loader makes 16-bit grey white."""
+    with Image.open(path) as image:
+        image.load()
+        return image
 
 
 def _path_of_sample(folder, index):
@@ -162,15 +209,35 @@ def _open_table(data_path, data_format, split, streaming):
                 raise ValueError(f"no split {split!r}; there are {', '.join(table)}")
             return table[split] if isinstance(table, datasets.DatasetDict) else table
         if data_format == "hub":
-            hub.require(f"the data set {data_path}")
-            return datasets.load_dataset(data_path, split=split, streaming=streaming)
+            try:
+                return datasets.load_dataset(data_path, split=split, streaming=streaming)  # or what is in the cache
+            except Exception:
+                hub.require(f"the data set {data_path}, which is no path here either,")
+                raise
         paths = _files_of(pathlib.Path(data_path), data_format)
         if not paths:
             raise ValueError(f"no .{data_format} files there")
+        paths = _files_of_split(paths, split)
         return datasets.load_dataset(data_format, data_files=paths, split="train", streaming=streaming)
     except Exception as error:  # of many libraries underneath; all mean that the data cannot be read
-        reason = " ".join(str(error).split())[:300]
+        while error.__cause__ is not None:
+            error = error.__cause__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"--data-path {data_path!r} cannot be read as {data_format} data: {reason}") from error
+
+
+def _files_of_split(paths, split):
+    """Those of the files whose names begin with the split, as on the hub; all if none begins with any split."""
+    splits = [re.match(r"[a-z]*", pathlib.Path(path).name)[0] for path in paths]
+    if not SPLITS & set(splits):
+        return paths
+    chosen = [path for path, name in zip(paths, splits, strict=True) if name == split]
+    if not chosen:
+        raise ValueError(f"no split {split!r}; there are {', '.join(sorted(set(splits)))}")
+    return chosen
+
+
+IMAGE_COLUMNS = ("binary", "large_binary", "string", "large_string")  # encoded images, or their paths
 
 
 def _from_table(table, data_path, image_key, label_key, streaming):
@@ -187,22 +254,27 @@ def _from_table(table, data_path, image_key, label_key, streaming):
     if not getattr(classes, "dtype", "").startswith(("int", "uint")):
         raise ValueError(f"--label-key {label_key!r}: labels must be integers, and {data_path} has {classes}")
     holds_images = isinstance(images, datasets.Image) or (isinstance(images, dict) and "bytes" in images)
-    if not holds_images and getattr(images, "dtype", None) not in ("binary", "large_binary", "string"):
+    if not holds_images and getattr(images, "dtype", None) not in IMAGE_COLUMNS:
         raise ValueError(f"--image-key {image_key!r}: {data_path} has no images there, but {images}")
-    num_classes = classes.num_classes if isinstance(classes, datasets.ClassLabel) else None
+    declares_classes = isinstance(classes, datasets.ClassLabel)
+    num_classes = classes.num_classes if declares_classes else None
     name = f"row {{}} of {data_path}".format
     # The table does not decode images itself, where an error would not say which row is broken.
     rows = table.select_columns([image_key, label_key]).cast_column(image_key, datasets.Image(decode=False))
+    rows = rows if streaming else rows.with_format(None)
     example = functools.partial(_example_of_row, image_key=image_key, label_key=label_key)
     if streaming:
         splits = table.info.splits or {}
         num_examples = splits[table.split].num_examples if table.split in splits else None
-        return Source(functools.partial(_stream, rows, example), None, name, num_classes, num_examples)
+        stream = functools.partial(_stream, rows, example)
+        return Source(stream, None, name, num_classes, num_examples, declares_classes)
     if len(table) == 0:
         raise ValueError(f"--data-path {data_path!r} holds no rows")
-    labels = np.array([-1 if label is None else label for label in table[label_key]])
+    labels = np.array([-1 if label is None else label for label in rows[label_key]])
     num_classes = num_classes or max(int(labels.max()) + 1, 1)
-    return Source(_TableExamples(rows, example), labels, name, num_classes, len(table))
+    if num_classes > MOST_CLASSES:
+        check_label(int(labels.max()), MOST_CLASSES, name(int(labels.argmax())))
+    return Source(_TableExamples(rows, example), labels, name, num_classes, len(table), declares_classes)
 
 
 class _TableExamples(Sequence):
@@ -228,7 +300,7 @@ def _stream(rows, example, seed):
     rng = np.random.default_rng(seed)
     buffer = []
     for shard in rng.permutation(rows.num_shards):
-        for number, row in enumerate(rows.shard(rows.num_shards, int(shard))):
+        for number, row in enumerate(_rows_of_shard(rows, int(shard))):
             entry = (f"{number} of file {shard}", functools.partial(example, row))
             if len(buffer) < SHUFFLE_BUFFER:
                 buffer.append(entry)
@@ -240,11 +312,25 @@ def _stream(rows, example, seed):
     yield from buffer
 
 
+def _rows_of_shard(rows, shard):
+    try:
+        yield from rows.shard(rows.num_shards, shard)
+    except Exception as error:  # of the libraries that read the file
+        raise ValueError(f"file {shard} of the stream cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
 def _example_of_row(row, image_key, label_key):
     cell, label = row[image_key], row[label_key]
-    if cell is None:
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError("the image is missing")
-    image = Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+    if cell["bytes"] is not None:
+        image = Image.open(io.BytesIO(cell["bytes"]))
+    elif "://" in cell["path"]:  # in an archive or on the hub
+        import datasets
+
+        image = datasets.Image().decode_example(cell)
+    else:
+        image = _open_image(cell["path"])
     return image, -1 if label is None else label
 
 
@@ -256,6 +342,15 @@ def center_crop(image, size):
     image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
     return image.crop((left, top, left + size, top + size))
+
+
+def _eight_bits(image):
+    """The image with 8 bits a channel; PIL's conversion from 16 would cut them off. Raises ValueError."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"images of mode {image.mode} have no range that is known")
+    return image
 
 
 class ImageReader:
@@ -279,11 +374,11 @@ class ImageReader:
         """
         try:
             image, label = example()
-            image = image.convert(self.mode)
+            image = center_crop(_eight_bits(image).convert(self.mode), self.image_size)
         except Exception as error:  # image decoders raise errors of many kinds
-            raise ValueError(f"{name}: the image cannot be read: {' '.join(str(error).split())}") from error
+            reason = re.sub(r" ?<_io\.\w+( object at \w+)?>", "", " ".join(str(error).split()))
+            raise ValueError(f"{name}: the image cannot be read: {reason}") from error
         check_label(label, self.num_classes, name)
-        image = center_crop(image, self.image_size)
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         # In NumPy: PyTorch's threads, on so small a tensor, slow a loader without worker processes several times.
@@ -296,8 +391,8 @@ class ImageDataset(Dataset):
 
     An item is asked for by (index, flip): what is random about it was decided by whoever ordered it, so workers hold
     no state. It is (image, label, problems), the first two as `ImageReader` has them. If the example that was asked for
-    is bad, the next good one stands in its place, and `problems` has one line for each that was passed over; whoever
-    takes the item decides what that means.
+    is bad, the next good one stands in its place, and `problems` has a line that says so; whoever takes the item
+    decides what that means. Raises ValueError if PATIENCE examples in a row are bad.
     """
 
     def __init__(self, source, image_size, channels, num_classes=None):
@@ -310,13 +405,14 @@ class ImageDataset(Dataset):
     def __getitem__(self, key):
         index, flip = key
         problems = []
-        for candidate in range(index, index + len(self)):
+        for candidate in range(index, index + min(len(self), PATIENCE)):
             i = candidate % len(self)
             try:
-                return *self.reader.read(lambda i=i: self.source.examples[i], flip, self.source.name(i)), problems
+                item = self.reader.read(lambda i=i: self.source.examples[i], flip, self.source.name(i))
+                return *item, problems[:1]  # the others will be told when they are asked for
             except ValueError as error:
                 problems.append(str(error))
-        raise ValueError(f"not one example is good; the first: {problems[0]}")
+        raise ValueError(f"not one of {len(problems)} examples in a row is good; the first: {problems[0]}")
 
 
 class StreamedBatches(IterableDataset):
@@ -345,21 +441,28 @@ class StreamedBatches(IterableDataset):
     def _batches(self):
         s = self.sampler
         share = s.global_batch_size // s.world_size
-        rows = []
+        rows, waiting, spare = [], [], None
         with ThreadPoolExecutor(max(1, self.threads)) as threads:
             for place, number, example, flip in self._places():
-                step, within = divmod(place, s.global_batch_size)
-                if step < s.start_step or not s.rank * share <= within < (s.rank + 1) * share:
+                within = (place - s.start) % s.global_batch_size
+                if place < s.start or not s.rank * share <= within < (s.rank + 1) * share:
                     continue
                 rows.append((number, example, flip))
-                if len(rows) == s.micro_batch_size:
-                    yield _collate(_fill(list(threads.map(self._read, rows))))
-                    rows = []
+                if len(rows) < s.micro_batch_size:
+                    continue
+                waiting.append(list(threads.map(self._read, rows)))
+                rows = []
+                spare = next((item for item in waiting[-1] if item[0] is not None), None)
+                if spare is None and len(waiting) * s.micro_batch_size >= PATIENCE:
+                    raise ValueError(f"not one of {PATIENCE} examples is good; the first: {waiting[0][0][2][0]}")
+                while spare is not None and waiting:
+                    yield _collate(_fill(waiting.pop(0), spare))
 
     def _places(self):
-        """(place, row number, example, flip) of the endless sequence of epochs."""
-        place = 0
-        for epoch in itertools.count():
+        """(place, row number, example, flip) of the endless sequence of epochs, from that in which the run starts."""
+        first = self.sampler.start // self.source.num_examples if self.source.num_examples else 0
+        place = first * (self.source.num_examples or 0)
+        for epoch in itertools.count(first):
             start = place
             flips = np.random.default_rng([self.sampler.seed, ORDER_STREAM, epoch])
             for number, example in self.source.examples(seed_from(self.sampler.seed, ORDER_STREAM, epoch)):
@@ -376,16 +479,25 @@ class StreamedBatches(IterableDataset):
             return None, None, [str(error)]
 
 
-def _fill(items):
-    """Put the next good item in the place of each bad one, with its problems kept. Raises ValueError if all are bad."""
-    good = [i for i, item in enumerate(items) if not item[2]]
-    if not good:
-        raise ValueError(f"not one example of a micro batch is good; the first: {items[0][2][0]}")
+def _fill(items, spare):
+    """Put the next good item in the place of each bad one, `spare` if there is none, with its problems kept."""
     filled = []
-    for i, item in enumerate(items):
-        image, label, _ = items[next((g for g in good if g >= i), good[0])]
-        filled.append((image, label, item[2]))
-    return filled
+    for item in reversed(items):
+        spare = spare if item[0] is None else item
+        filled.append((*spare[:2], item[2]))
+    return filled[::-1]
+
+
+MANIFEST_KEYS = {
+    "vae": str,
+    "image_size": int,
+    "channels": int,
+    "latent_size": int,
+    "num_classes": int,
+    "mirrors": bool,
+    "scale": (int, float),
+    "shift": (int, float),
+}
 
 
 class CachedLatents(Dataset):
@@ -393,46 +505,54 @@ class CachedLatents(Dataset):
 
     An item is asked for by (index, flip), as of `ImageDataset`, and is (moments, label, []): float32 (2, C, h, w), the
     mean and standard deviation of the VAE's posterior. Attributes of the manifest: `vae`, `image_size`, `channels`,
-    `latent_size`, `num_classes`, `scale`, `shift`.
+    `latent_size`, `num_classes`, `mirrors`, `scale`, `shift`.
 
     Args:
         folder: with manifest.json and the shards that it names.
+        skip_bad: pass over damaged shards, with a line for each in `left_out`.
 
     Raises:
         ValueError: the manifest is not readable, or a shard is missing or not of the size or checksum that it says.
     """
 
-    mirrors = True
-
-    def __init__(self, folder):
+    def __init__(self, folder, skip_bad=False):
         self.folder = pathlib.Path(folder)
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text())
-            self.shards = manifest["shards"]
-            self.ends = np.cumsum([shard["examples"] for shard in self.shards])
-            for key in ("vae", "image_size", "channels", "latent_size", "num_classes", "scale", "shift"):
+            for key, kind in MANIFEST_KEYS.items():
+                if not isinstance(manifest[key], kind) or (kind is int and manifest[key] < 1):
+                    raise ValueError(f"{key} is {manifest[key]!r}")
                 setattr(self, key, manifest[key])
+            shards = [
+                (str(shard["file"]), int(shard["examples"]), int(shard["bytes"]), str(shard["sha256"]))
+                for shard in manifest["shards"]
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder / MANIFEST} is damaged or not of extract_latents.py: {error}") from error
-        self.opened = {}
-        self.num_examples = len(self)
         with ThreadPoolExecutor() as threads:
-            for problem in threads.map(self._problem_of, self.shards):
-                if problem:
-                    raise ValueError(f"{problem}; extract_latents.py, run again without that file, writes it anew")
+            problems = list(threads.map(self._problem_of, shards))
+        self.left_out = [
+            f"{problem}; extract_latents.py, run again, writes it anew" for problem in problems if problem is not None
+        ]
+        good = [shard for shard, problem in zip(shards, problems, strict=True) if problem is None]
+        if not good or (self.left_out and not skip_bad):
+            raise ValueError((self.left_out or [f"{self.folder / MANIFEST} names no shards"])[0])
+        self.shards = [name for name, *_ in good]
+        self.ends = np.cumsum([examples for _, examples, *_ in good])
+        self.num_examples = len(self)
+        self.opened = {}
 
     def _problem_of(self, shard):
-        path = self.folder / shard["file"]
+        name, examples, size, sha256 = shard
+        path = self.folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != shard["bytes"] or files.sha256(path) != shard["sha256"]:
+        if path.stat().st_size != size or files.sha256(path) != sha256:
             return f"{path} is damaged: its size or checksum is not the manifest's"
+        with safetensors.safe_open(path, framework="pt") as content:
+            if content.get_slice("labels").get_shape() != [examples]:
+                return f"{path} has not the {examples} examples of the manifest"
         return None
-
-    def check_labels(self, num_classes):
-        """Raise ValueError if labels can lie beyond `num_classes`."""
-        if num_classes < self.num_classes:
-            raise ValueError(f"{self.folder} has labels of {self.num_classes} classes, more than {num_classes}")
 
     def __len__(self):
         return int(self.ends[-1])
@@ -451,7 +571,7 @@ class CachedLatents(Dataset):
         """(slices of the moments, labels) of a shard, memory-mapped by each process that reads it."""
         key = (os.getpid(), number)
         if key not in self.opened:
-            shard = safetensors.safe_open(self.folder / self.shards[number]["file"], framework="pt")
+            shard = safetensors.safe_open(self.folder / self.shards[number], framework="pt")
             self.opened[key] = (shard.get_slice("moments"), shard.get_tensor("labels"))
         return self.opened[key]
 
@@ -460,20 +580,19 @@ class GlobalBatchSampler:
     """The (index, flip) keys of one rank's micro batches, step after step, without end.
 
     The order is one long sequence: a permutation of the data for each epoch, drawn from (seed, epoch) alone, one after
-    the other, so that no example is left out at an epoch's end. Step s takes places [s B, (s + 1) B) of it; each rank
-    has a contiguous share of those, in micro batches. What a step trains on is thus the same for any number of ranks,
-    any micro batch size, and after any restart.
+    the other, so that no example is left out at an epoch's end. Each step takes the next B places of it; each rank has
+    a contiguous share of those, in micro batches. What a step trains on is thus the same for any number of ranks, any
+    micro batch size, and after any restart.
 
     Args:
         num_examples: size of the data set.
         global_batch_size: B, over all ranks and accumulated micro batches.
         micro_batch_size: examples per item; B is a multiple of micro_batch_size times world_size.
         mirror: flip each example with probability 1/2 per epoch.
+        start: places of the sequence to pass over: the examples that a run saw before it was stopped.
     """
 
-    def __init__(
-        self, num_examples, global_batch_size, micro_batch_size, *, seed, rank, world_size, mirror, start_step=0
-    ):
+    def __init__(self, num_examples, global_batch_size, micro_batch_size, *, seed, rank, world_size, mirror, start=0):
         self.num_examples = num_examples
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -481,19 +600,17 @@ class GlobalBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.mirror = mirror
-        self.start_step = start_step
+        self.start = start
 
     def __iter__(self):
         # A step can reach over the end of an epoch, so the orders of two are at hand.
         epoch_keys = functools.lru_cache(maxsize=2)(self._epoch_keys)
         share = self.global_batch_size // self.world_size
-        step = self.start_step
-        while True:
-            first = step * self.global_batch_size + self.rank * share
+        for step_start in itertools.count(self.start, self.global_batch_size):
+            first = step_start + self.rank * share
             for start in range(first, first + share, self.micro_batch_size):
                 places = (divmod(place, self.num_examples) for place in range(start, start + self.micro_batch_size))
                 yield [epoch_keys(epoch)[position] for epoch, position in places]
-            step += 1
 
     def _epoch_keys(self, epoch):
         g = generator("cpu", self.seed, ORDER_STREAM, epoch)
@@ -510,10 +627,33 @@ def make_loader(dataset, sampler, num_workers, device):
     """
     pin_memory = device.type == "cuda"
     if isinstance(dataset, StreamedBatches):
-        return iter(DataLoader(dataset, batch_size=None, pin_memory=pin_memory))  # its own threads do the work
-    return iter(
-        DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_collate)
-    )
+        loader = DataLoader(dataset, batch_size=None, pin_memory=pin_memory)  # its own threads do the work
+    else:
+        workers = dict(num_workers=num_workers, worker_init_fn=_outlast_stop_signals)
+        loader = DataLoader(dataset, batch_sampler=sampler, pin_memory=pin_memory, collate_fn=_collate, **workers)
+    batches = _with_plain_errors(loader)
+    atexit.register(batches.close)  # ends the workers before multiprocessing waits for them
+    return batches
+
+
+def _with_plain_errors(loader):
+    """The loader's batches; a worker's ValueError is raised without the worker's traceback in its text."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def _outlast_stop_signals(worker):
+    """A worker that ended on a signal to all processes would take with it the step that the parent wants to finish."""
+
+    def end_later(number, frame):
+        timer = threading.Timer(WORKER_GRACE_SECONDS, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
 
 
 def _collate(items):

@@ -12,6 +12,7 @@ continues where it was stopped; what it writes does not depend on that, nor on t
 import itertools
 import json
 import math
+import os
 import pathlib
 import time
 
@@ -24,8 +25,6 @@ import distributed
 import files
 import latents
 import options
-
-SETTINGS = "settings.json"
 
 
 def build_parser():
@@ -62,9 +61,14 @@ def main():
             raise ValueError(f"--image-size {image_size} does not divide: it must be a multiple of {downsampling}")
         space = latents.AutoencoderSpace(vae, device, latents.PRECISIONS[args.vae_precision])
         settings = {
-            "data_path": args.data_path,
+            "data_path": os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
+            "split": args.split,
+            "image_key": args.image_key,
+            "label_key": args.label_key,
+            "names_and_labels": source.fingerprint(),
             "num_examples": len(source.examples),
             "num_classes": source.num_classes,
+            "mirrors": source.mirrors,
             "vae": str(pathlib.Path(vae).resolve()) if pathlib.Path(vae).is_dir() else vae,
             "vae_precision": args.vae_precision,
             "scale": space.scale,
@@ -83,27 +87,29 @@ def main():
     # Encode the shards that are not there, each rank its own.
     dataset = data.ImageDataset(source, image_size, 3)
     count = math.ceil(len(dataset) / args.shard_size)
-    missing = distributed.from_rank_zero([k for k in range(count) if not shard_path(args.output, k).exists()])
+    missing = distributed.from_rank_zero([k for k in range(count) if not is_whole(args.output, k)])
     mine = missing[distributed.rank() :: distributed.world_size()]
     batches = data.make_loader(dataset, ShardBatches(mine, len(dataset), args), args.num_workers, device)
     start, skipped = time.perf_counter(), 0
     total = sum(len(shard_range(k, len(dataset), args.shard_size)) for k in mine)
     with tqdm(total=total, unit=" images", disable=None if distributed.rank() == 0 else True) as bar:
         for k in mine:
-            moments, labels = [], []
+            moments, labels, left_out = [], [], []
             for _ in batches_of_shard(k, len(dataset), args):
-                images, batch_labels, problems = next(batches)
+                with options.user_errors(parser):
+                    images, batch_labels, problems = next(batches)
                 for problem in itertools.chain(*problems):
                     if not args.skip_bad_images:
                         parser.error(f"{problem} (--skip-bad-images leaves such examples out)")
+                    left_out.append(problem)
+                    tqdm.write(f"left out {problem}")
                 good = torch.tensor([not lines for lines in problems])
-                skipped += int((~good).sum())
                 moments.append(encode(space, images.to(device))[good.to(device)].cpu())
                 labels.append(batch_labels[good])
                 bar.update(len(images))
             shard = {"moments": torch.cat(moments).to(getattr(torch, args.dtype)), "labels": torch.cat(labels)}
-            with files.written_whole(shard_path(args.output, k)) as partial:
-                safetensors.torch.save_file(shard, partial)
+            write_shard(args.output, k, shard, left_out)
+            skipped += len(left_out)
     seconds = time.perf_counter() - start
     rate = f"{total / seconds:.1f} images/s, {skipped} left out"
     print(f"rank {distributed.rank()}: {total} images in {seconds:.1f} s, {rate}")
@@ -120,13 +126,13 @@ def check_folder(folder, settings):
     """Make the folder and note the settings in it. Raises ValueError if it was begun with others."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / SETTINGS
+        path = folder / data.SETTINGS
         if path.exists():
-            earlier = json.loads(path.read_text())
+            earlier = read_json(path)
             for key, value in settings.items():
                 if earlier.get(key) != value:
                     raise ValueError(f"--output {folder} was begun with {key} {earlier.get(key)!r}, not {value!r}")
-        elif any(folder.iterdir()):
+        elif any(entry != files.partial_name(path) for entry in folder.iterdir()):
             raise ValueError(f"--output {folder} is not empty, and what is there is not of extract_latents.py")
         else:
             with files.written_whole(path) as partial:
@@ -135,8 +141,60 @@ def check_folder(folder, settings):
         raise ValueError(f"--output {folder}: {error.strerror}") from error
 
 
+def read_json(path):
+    """A JSON file that holds an object. Raises ValueError naming it if it does not."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return content
+
+
 def shard_path(folder, k):
     return folder / f"shard-{k:05d}.safetensors"
+
+
+def entry_path(folder, k):
+    """Where the shard's entry of the manifest lies until the manifest is written: with what was written, not found."""
+    return folder / f"shard-{k:05d}.json"
+
+
+def write_shard(folder, k, shard, left_out):
+    """Write a shard and its entry of the manifest."""
+    path = shard_path(folder, k)
+    with files.written_whole(path) as partial:
+        safetensors.torch.save_file(shard, partial)
+        entry = {
+            "file": path.name,
+            "examples": len(shard["labels"]),
+            "bytes": partial.stat().st_size,
+            "sha256": files.sha256(partial),
+            "left_out": left_out,
+        }
+        with files.written_whole(entry_path(folder, k)) as partial_entry:
+            partial_entry.write_text(json.dumps(entry) + "\n")
+
+
+def entry_of(folder, k):
+    """The entry of a shard as it was when the shard was written; None if there is none."""
+    try:
+        path = entry_path(folder, k)
+        return read_json(path) if path.is_file() else read_json(folder / data.MANIFEST)["shards"][k]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+
+
+def is_whole(folder, k):
+    """Whether shard k is there as it was written; one that is damaged is made anew."""
+    path, entry = shard_path(folder, k), entry_of(folder, k)
+    if not path.exists():
+        return False
+    if entry is not None and path.stat().st_size == entry["bytes"] and files.sha256(path) == entry["sha256"]:
+        return True
+    print(f"{path} is damaged, and is made anew")
+    return False
 
 
 def shard_range(k, num_examples, shard_size):
@@ -168,15 +226,11 @@ def encode(space, images):
 
 def write_manifest(folder, settings, count):
     """Write manifest.json: the settings, and size, checksum and number of examples of each shard."""
-    shards = []
-    for path in (shard_path(folder, k) for k in range(count)):
-        with safetensors.safe_open(path, framework="pt") as shard:
-            examples = len(shard.get_tensor("labels"))
-        shards.append(
-            {"file": path.name, "examples": examples, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-        )
+    entries = [entry_of(folder, k) for k in range(count)]
     with files.written_whole(folder / data.MANIFEST) as partial:
-        partial.write_text(json.dumps({**settings, "shards": shards}, indent=2) + "\n")
+        partial.write_text(json.dumps({**settings, "shards": entries}, indent=2) + "\n")
+    for k in range(count):
+        entry_path(folder, k).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,22 @@ import os
 import pathlib
 
 
+def partial_name(path):
+    """The name under which `path` is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextlib.contextmanager
 def written_whole(path):
     """Give a path to write a file or a folder to; when the block ends without an error, it becomes `path`."""
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_name(path)
     yield partial
+    publish(partial, path)
+
+
+def publish(partial, path):
+    """Put a file or a folder that was written under another name on the disk, and rename it."""
     flush(partial)
     partial.rename(path)
     flush_entry(path.parent)

@@ -132,6 +132,15 @@ def open_space(vae, pixel_channels, device, dtype=torch.float32):
     return PixelSpace(pixel_channels) if vae == "none" else AutoencoderSpace(vae, device, dtype)
 
 
+def same_vae(one, other):
+    """Whether two values of --vae name the same autoencoder."""
+    return one == other or _resolve(one) == _resolve(other)
+
+
+def _resolve(vae):
+    return str(pathlib.Path(vae).resolve()) if pathlib.Path(vae).is_dir() else RELEASED_VAES.get(vae, vae)
+
+
 def geometry(vae, pixel_channels):
     """(downsampling, channels) of the space that `--vae` names, without loading weights. Raises ValueError as above."""
     if vae == "none":

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--config {path}: unknown key {key!r}{self._nearest(flag)} (keys are the flags' names)")
             if value is None:
                 continue  # the flag's default
-            takes_no_value, takes_list = action.nargs == 0, action.nargs == "+"
+            takes_no_value, takes_list = action.nargs == 0, action.nargs not in (None, 0)
             wrong_kind = takes_no_value != isinstance(value, bool) or (isinstance(value, list) and not takes_list)
             if wrong_kind or isinstance(value, dict):
                 allowed = "true or false" if takes_no_value else "a list" if takes_list else "a value"
@@ -147,13 +147,15 @@ def one_of(*choices):
 def flag_group(parser, title, description=None):
     """A group of flags; returns `add(flag, parse, metavar, text, default=None)`, which adds one to it.
 
-    The help is `text` with the default behind it; where the default is None, `text` says what that means.
+    The help is `text` with the default behind it; where the default is None, `text` says what that means. `alias` is
+    another name of the flag.
     """
     group = parser.add_argument_group(title, description)
 
-    def add(flag, parse, metavar, text, default=None, **more):
+    def add(flag, parse, metavar, text, default=None, alias=None, **more):
         text = text if default is None else f"{text} (default: {default})"
-        group.add_argument(flag, type=parse, metavar=metavar, help=text, default=default, **more)
+        flags = [flag] if alias is None else [flag, alias]
+        group.add_argument(*flags, type=parse, metavar=metavar, help=text, default=default, **more)
 
     return add
 
@@ -176,10 +178,13 @@ def add_data_flags(parser):
     add("--data-format", one_of(*data.FORMATS), "FORMAT", kind)
     add("--image-key", str, "COLUMN", "column of the images, in tables", default="image")
     add("--label-key", str, "COLUMN", "column of the class labels, in tables", default="label")
-    add("--split", str, "NAME", "split to read, where the data has several", default="train")
+    add("--split", str, "NAME", "split to read, where the data has several (default: train)")
     stream = "read hub, parquet or arrow data as it comes, without a copy on this machine's disk"
     parser.add_argument("--streaming", action="store_true", help=stream)
-    skip = "leave out images that cannot be read and labels that are no class, and count them in the log"
+    skip = (
+        "leave out images that cannot be read, labels that are no class, empty class folders and damaged shards, and "
+        "count them in the log"
+    )
     parser.add_argument("--skip-bad-images", action="store_true", help=f"{skip} (default: stop and name the first)")
     size = "images are resized and cropped to this (default: the data's own size where all images have one, else 256)"
     add("--image-size", integer(1), "PIXELS", size)
@@ -195,7 +200,8 @@ def open_data(args):
     if args.data_path is None:
         raise ValueError("--data-path is missing: --help says what it can be, digits for one")
     columns = dict(image_key=args.image_key, label_key=args.label_key)
-    return data.open_source(args.data_path, args.data_format, split=args.split, streaming=args.streaming, **columns)
+    how = dict(split=args.split, streaming=args.streaming, skip_bad=args.skip_bad_images)
+    return data.open_source(args.data_path, args.data_format, **columns, **how)
 
 
 def add_transport_flags(parser, from_checkpoint):

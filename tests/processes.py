@@ -1,5 +1,6 @@
 """The project's scripts as processes that start fast: forked from a server that has imported what they import."""
 
+import atexit
 import dataclasses
 import multiprocessing
 import os
@@ -121,4 +122,7 @@ def _run(words, cwd, variables, output):
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as in a script that was typed
     sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # as the interpreter does when a script ends, and multiprocessing does not

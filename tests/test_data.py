@@ -95,9 +95,9 @@ def test_flip_mirrors_left_and_right():
     torch.testing.assert_close(dataset[5, True][0], dataset[5, False][0].flip(-1))
 
 
-def take(count, n=100, batch=24, micro=8, rank=0, world_size=1, seed=0, mirror=True, start_step=0):
+def take(count, n=100, batch=24, micro=8, rank=0, world_size=1, seed=0, mirror=True, start=0):
     sampler = data.GlobalBatchSampler(
-        n, batch, micro, seed=seed, rank=rank, world_size=world_size, mirror=mirror, start_step=start_step
+        n, batch, micro, seed=seed, rank=rank, world_size=world_size, mirror=mirror, start=start
     )
     return list(itertools.islice(sampler, count))
 
@@ -121,7 +121,7 @@ def test_the_global_batch_does_not_depend_on_ranks_or_micro_batches():
 
 
 def test_the_order_continues_from_any_step_and_depends_on_the_seed():
-    assert take(6, micro=24, start_step=5) == take(11, micro=24)[5:]
+    assert take(6, micro=24, start=5 * 24) == take(11, micro=24)[5:]
     assert take(3, seed=1) != take(3, seed=0)
 
 
@@ -231,6 +231,76 @@ def test_a_data_set_can_be_sent_to_worker_processes(kind, same_images):
     assert torch.equal(received[7, True][0], dataset[7, True][0])
 
 
+def test_splits_of_files_and_folders(tmp_path):
+    """Files named as on the hub, and ImageNet's root with train/ and val/, are read by split, not mixed."""
+    import datasets
+
+    image = Image.new("RGB", (8, 8))
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split, count in (("train", 3), ("validation", 2), ("test", 1)):
+        table = datasets.Dataset.from_dict({"image": [image] * count, "label": [0] * count}, features=features)
+        table.to_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
+        write_images(tmp_path / "imagenet" / split, {"a": [(8, 8)] * count, "b": [(8, 8)]})
+    for split, count in ((None, 3), ("train", 3), ("validation", 2), ("test", 1)):
+        assert data.open_source(str(tmp_path / "hub"), split=split).num_examples == count
+        source = data.open_source(str(tmp_path / "imagenet"), split=split)
+        assert (source.num_examples, source.num_classes) == (count + 1, 2)
+    with pytest.raises(ValueError, match="no split 'dev'; there are test, train, validation"):
+        data.open_source(str(tmp_path / "hub"), split="dev")
+    with pytest.raises(ValueError, match="no split 'dev'; it has"):
+        data.open_source(str(tmp_path / "imagenet"), split="dev")
+    with pytest.raises(ValueError, match="--split train has no effect"):
+        data.open_source(str(tmp_path / "imagenet" / "train"), split="train")
+
+
+def test_grey_images_of_sixteen_bits_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(ramp).save(tmp_path / "a" / "0.png")
+    pixels, _, problems = data.ImageDataset(data.open_source(str(tmp_path)), 8, 3)[0, False]
+    expected = torch.linspace(-1, 1, 64).reshape(1, 8, 8).expand(3, 8, 8)
+    assert problems == []
+    torch.testing.assert_close(pixels, expected, atol=0.006, rtol=0)
+    with pytest.raises(ValueError, match="mode F have no range"):
+        data.ImageReader(8, 3, 1).read(lambda: (Image.new("F", (8, 8)), 0), False, "x")
+
+
+def test_empty_class_folders_stop_or_are_passed_over(tmp_path):
+    write_images(tmp_path, {"a": [(8, 8)], "b": [], "c": [(8, 8)]})
+    with pytest.raises(ValueError, match="no class folders with images.*b"):
+        data.open_source(str(tmp_path))
+    source = data.open_source(str(tmp_path), skip_bad=True)
+    assert source.labels.tolist() == [0, 2] and source.num_classes == 3
+    assert len(source.left_out) == 1 and "b, which holds no image" in source.left_out[0]
+
+
+def test_what_is_not_there_is_named_in_a_broken_file(tmp_path, same_images):
+    whole = (same_images["parquet"] / "b.parquet").read_bytes()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "b.parquet").write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match="cannot be read as parquet data: .*Parquet"):
+        data.open_source(str(tmp_path / "shards"))
+
+
+def test_a_label_that_cannot_be_meant_is_named(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [1, 2**40]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=f"row 1 of .*label {2**40} is out of range"):
+        data.open_source(str(tmp_path / "t.parquet"))
+
+
+def test_a_fingerprint_tells_other_labels_and_names():
+    def of(labels, name="row {}".format):
+        return data.Source([], np.array(labels), name, 3, len(labels)).fingerprint()
+
+    assert of([0, 1, 2]) == of([0, 1, 2])
+    assert len({of([0, 1, 2]), of([0, 2, 1]), of([0, 1]), of([0, 1, 2], "file {}".format)}) == 4
+
+
 def test_splits_and_columns_are_named(same_images):
     assert len(data.open_source(str(same_images["dict"]), split="test").examples) == 1
     with pytest.raises(ValueError, match="no split 'val'; there are train, test"):
@@ -285,7 +355,7 @@ def test_bad_labels_are_named():
         "row 2: the label is missing; 4 classes have the labels 0 to 3"
     ]
     nothing = data.Source([(None, 0)] * 2, np.zeros(2, int), "row {}".format, num_classes=1, num_examples=2)
-    with pytest.raises(ValueError, match="not one example is good; the first: row 1"):
+    with pytest.raises(ValueError, match="not one of 2 examples in a row is good; the first: row 1"):
         data.ImageDataset(nothing, 8, 3)[1, False]
 
 
@@ -306,9 +376,9 @@ def stream_batches(path, workers, *, count, **changes):
     """`count` micro batches of a stream, without the shuffling buffer's help to look alike."""
     settings = dict(seed=0, rank=0, world_size=1, mirror=True) | changes
     source = data.open_source(str(path), streaming=True)
-    batch, micro = settings.pop("batch", 24), settings.pop("micro", 8)
+    batch, micro, classes = settings.pop("batch", 24), settings.pop("micro", 8), settings.pop("classes", 5)
     sampler = data.GlobalBatchSampler(None, batch, micro, **settings)
-    dataset = data.StreamedBatches(source, data.ImageReader(8, 3, 5), sampler, workers)
+    dataset = data.StreamedBatches(source, data.ImageReader(8, 3, classes), sampler, workers)
     return list(itertools.islice(data.make_loader(dataset, None, workers, torch.device("cpu")), count))
 
 
@@ -350,7 +420,7 @@ def test_a_stream_s_order_does_not_depend_on_workers_ranks_or_restarts(same_imag
     path = same_images["parquet"]
     one = sum((fingerprint(images) for images, _, _ in stream_batches(path, 0, count=9)), [])
     assert one == sum((fingerprint(images) for images, _, _ in stream_batches(path, 4, count=9)), [])
-    later = stream_batches(path, 0, count=3, start_step=2)
+    later = stream_batches(path, 0, count=3, start=2 * 24)
     assert sum((fingerprint(images) for images, _, _ in later), []) == one[48:]
     ranks = [
         [fingerprint(images) for images, _, _ in stream_batches(path, 0, count=3, micro=12, rank=r, world_size=2)]
@@ -378,3 +448,33 @@ def test_bad_rows_of_a_stream_are_named(tmp_path):
     assert source.num_classes is None and source.num_examples is None
     with pytest.raises(ValueError, match="--streaming is for data of the kinds parquet, arrow, hub"):
         data.open_source("digits", streaming=True)
+
+
+def test_a_stream_passes_over_micro_batches_that_are_all_bad(tmp_path):
+    import datasets
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    cells = [{"bytes": b"broken" if i in (2, 3, 7) else buffer.getvalue(), "path": None} for i in range(8)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": cells, "label": list(range(8))}, features=features).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    batches = stream_batches(tmp_path / "t.parquet", 0, count=16, micro=1, batch=1, classes=8)
+    problems = [line for *_, lines in batches for place in lines for line in place]
+    assert len(problems) == 6 and all("cannot be read" in line for line in problems)
+    assert all(labels.item() not in (2, 3, 7) for _, labels, _ in batches)
+
+
+def test_a_stream_is_restored_without_reading_the_epochs_before(same_images, monkeypatch):
+    source = data.open_source(str(same_images["parquet"]), streaming=True)
+    source.num_examples = 64
+    opened = []
+    examples = source.examples
+    source.examples = lambda seed: opened.append(seed) or examples(seed)
+    sampler = data.GlobalBatchSampler(None, 16, 16, seed=0, rank=0, world_size=1, mirror=True, start=64 * 5 + 16)
+    loader = data.StreamedBatches(source, data.ImageReader(8, 3, 5), sampler, 0)
+    images = next(iter(loader))[0]
+    assert opened == [seed_from(0, data.ORDER_STREAM, 5)]
+    sampler.start, source.num_examples = 0, None  # through all epochs, as a run that was not stopped
+    assert torch.equal(next(itertools.islice(iter(loader), 21, None))[0], images)

@@ -107,16 +107,90 @@ def test_two_ranks_write_the_same_bytes(images, vae, cached, tmp_path):
 def test_a_killed_extraction_continues_to_the_same_bytes(images, vae, cached, tmp_path):
     folder = tmp_path / "killed"
     script = Script(*arguments(images, vae, folder))
-    while not list(folder.glob("shard-*")) and script.alive():
+    while not list(folder.glob("*.safetensors")) and script.alive():
         time.sleep(0.002)
     script.signal(signal.SIGKILL)
     script.wait()
-    survivors = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    survivors = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     result = run(*arguments(images, vae, folder))
     assert result.returncode == 0, result.stderr
     final = {name: content for name, content in contents(folder).items() if not name.endswith(".partial")}
     assert final == contents(cached)
     assert survivors and all((folder / name).stat().st_mtime_ns == stamp for name, stamp in survivors.items())
+
+
+def flip_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_that_was_damaged_since_is_made_anew(finished, images, vae, cached, tmp_path):
+    """Extraction, run again, holds shards to what it wrote, not to what it finds."""
+    for name, content in contents(cached).items():
+        (tmp_path / name).write_bytes(content)
+    shards = json.loads((cached / "manifest.json").read_text())["shards"]
+    if not finished:
+        (tmp_path / "manifest.json").unlink()
+        for k, shard in enumerate(shards):
+            (tmp_path / f"shard-{k:05d}.json").write_text(json.dumps(shard))
+    flip_byte(tmp_path / "shard-00002.safetensors")
+    (tmp_path / ".settings.json.partial").write_text("{")  # what a kill can leave
+    result = run(*arguments(images, vae, tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "shard-00002.safetensors is damaged, and is made anew" in result.stdout and "5 images in" in result.stdout
+    (tmp_path / ".settings.json.partial").unlink()
+    assert contents(tmp_path) == contents(cached)
+
+
+def test_what_extraction_was_begun_with_is_held_to(vae, tmp_path):
+    """Another label column, or other files of the same number, would mix two data sets without a word."""
+    images = write_images(tmp_path / "images", {"a": [(16, 16)] * 3, "b": [(16, 16)] * 3})
+    assert run(*arguments(images, vae, tmp_path / "out")).returncode == 0
+    for flags in (["--label-key", "other"], ["--image-key", "other"]):
+        result = run(*arguments(images, vae, tmp_path / "out"), *flags)
+        assert result.returncode == 2 and "was begun with" in result.stderr
+    (images / "a" / "0.png").rename(images / "b" / "9.png")
+    result = run(*arguments(images, vae, tmp_path / "out"))
+    assert result.returncode == 2 and "was begun with names_and_labels" in result.stderr
+
+
+def test_digits_are_not_mirrored_from_latents_either(vae, tmp_path):
+    script = arguments("digits", vae, tmp_path)
+    script[script.index("--shard-size") + 1] = 2000
+    script[script.index("--batch-size") + 1] = 256
+    script[script.index("--image-size") + 1] = 8
+    result = run(*script)
+    assert result.returncode == 0, result.stderr
+    assert data.open_source(str(tmp_path)).mirrors is False
+
+
+@pytest.mark.parametrize("change", [{"shards": []}, {"scale": "x"}, {"latent_size": 0}, {"num_classes": None}])
+def test_a_manifest_that_makes_no_sense_is_named(change, cached, tmp_path):
+    for name, content in contents(cached).items():
+        (tmp_path / name).write_bytes(content)
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="manifest.json"):
+        data.open_source(str(tmp_path))
+
+
+def test_damaged_shards_are_passed_over_on_request(cached, tmp_path):
+    for name, content in contents(cached).items():
+        (tmp_path / name).write_bytes(content)
+    flip_byte(tmp_path / "shard-00001.safetensors")
+    flags = [*TINY, "--data-path", tmp_path, "--max-steps", 1]
+    flags = [flag for flag in flags if flag not in ("--vae", "none")]
+    result = run("train.py", *flags, "--output-dir", tmp_path / "a")
+    assert result.returncode == 2 and "shard-00001.safetensors is damaged" in result.stderr
+    result = run("train.py", *flags, "--output-dir", tmp_path / "b", "--skip-bad-images")
+    assert result.returncode == 0, result.stderr
+    assert "left out" in result.stdout and "shard-00001.safetensors is damaged" in result.stdout
+    assert read_metrics(tmp_path / "b")[-1]["bad_images"] == 1
+    latent_data = data.open_source(str(tmp_path), skip_bad=True)
+    whole = data.open_source(str(cached))
+    assert len(latent_data) == 18 and torch.equal(latent_data[5, False][0], whole[10, False][0])
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "shorter", "missing", "manifest"])
@@ -125,9 +199,7 @@ def test_damage_is_named(damage, cached, tmp_path):
         (tmp_path / name).write_bytes(content)
     shard = tmp_path / "shard-00002.safetensors"
     if damage == "flipped byte":
-        content = bytearray(shard.read_bytes())
-        content[-7] ^= 1
-        shard.write_bytes(content)
+        flip_byte(shard)
     elif damage == "shorter":
         shard.write_bytes(shard.read_bytes()[:-1])
     elif damage == "missing":
@@ -144,7 +216,7 @@ def test_bad_images_stop_extraction_or_are_left_out(vae, tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "a/1.png" in result.stderr
     result = run(*arguments(folder, vae, tmp_path / "latents"), "--skip-bad-images")
     assert result.returncode == 0, result.stderr
-    assert "2 left out" in result.stdout
+    assert "2 left out" in result.stdout and result.stdout.count("left out") == 3 and "a/1.png" in result.stdout
     latent_data = data.open_source(str(tmp_path / "latents"))
     assert [latent_data[i, False][1] for i in range(len(latent_data))] == [0, 0, 1, 1, 1]
 
@@ -163,7 +235,7 @@ def test_mistakes(images, vae, cached, tmp_path, capsys, monkeypatch):
     assert "holds cached latents already" in message(path=cached)
     assert not (tmp_path / "new").exists()
     flags = [flag for flag in TINY if flag not in ("--vae", "none")]
-    for given in (["--image-size", 32], ["--vae", "mse"]):
+    for given in (["--image-size", 32], ["--vae", "mse"], ["--num-classes", 4], ["--num-classes", 2]):
         error = fail(
             "train", [*flags, "--data-path", cached, *given, "--output-dir", tmp_path / "r"], capsys, monkeypatch
         )
