@@ -1,17 +1,17 @@
-"""The files of a checkpoint: the one place that writes, finds and reads them.
+"""The files of a checkpoint: the one place that writes, finds, checks and reads them.
 
     {output_dir}/checkpoint-{step}/
         model.safetensors     trained weights, whole, under the official keys
         ema.pt                their moving average: a plain state dict
-        optimizer/            torch.distributed.checkpoint
+        optimizer/            torch.distributed.checkpoint: loads on any number of ranks, sharded or not
         trainer_state.json    step, arguments, and what it takes to build the model, transport and latents again
+        manifest.json         size and SHA-256 of each of these files
 
-A checkpoint is written under another name and renamed when all of it is on the disk, so a folder named checkpoint-* is
-complete.
+A checkpoint is written under another name and renamed when all of it is on the disk, so a folder named checkpoint-* was
+complete; the manifest tells whether it still is.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -19,20 +19,31 @@ import pathlib
 import pickle
 import re
 import shutil
+import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 import distributed
 import files
 from models import SIZES
 
 STATE_FILE = "trainer_state.json"
+MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 TRANSPORT_KEYS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
 
@@ -51,40 +62,233 @@ class Weights:
     path: pathlib.Path
 
 
-def save(output_dir, step, model, ema, optimizer, state):
-    """Write checkpoint-{step} under `output_dir`; all ranks call it together.
+class Writer:
+    """Writes the checkpoints of a run while training goes on; all ranks make one and call it together.
 
     Args:
-        model, ema: unwrapped modules, the same on all ranks.
-        optimizer: the optimizer of `model`.
-        state: what goes into trainer_state.json, plain data with the keys 'model', 'transport' and 'latents'.
+        output_dir: the run's folder.
+        keep_last: keep this many of the newest checkpoints; None: all.
+        keep_every: keep those of steps that this divides, too; None: no others.
+        report: called with a line of text, on rank 0, when a checkpoint is written or was not; from another thread.
+    """
+
+    def __init__(self, output_dir, keep_last=None, keep_every=None, report=print):
+        self.output_dir = pathlib.Path(output_dir)
+        self.keep_last, self.keep_every, self.report = keep_last, keep_every, report
+        # One process is no mistake. Not for a block alone: the library says so from a thread of its own.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        self.group = distributed.side_group()
+        self.thread = ThreadPoolExecutor(1)
+        self.pending = None
+        if distributed.rank() == 0:
+            for leftover in self.output_dir.glob(".checkpoint-*"):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, step, model, ema, optimizer, state):
+        """Copy what checkpoint-{step} holds, and begin to write it. Waits until the one before is written.
+
+        Args:
+            model, ema: modules that are not wrapped by DDP.
+            optimizer: the optimizer of `model`.
+            state: what goes into trainer_state.json, plain data with the keys 'model', 'transport' and 'latents'.
+
+        Returns:
+            Seconds that this call took, for which training waited.
+        """
+        start = time.perf_counter()
+        self.finish()
+        final = self.output_dir / f"checkpoint-{step}"
+        try:
+            partial = distributed.on_rank_zero(_make_partial, final)
+        except ValueError as error:
+            self.pending = self.thread.submit(self._note, f"{final.name} was not written: {error}")
+            return time.perf_counter() - start
+        weights, average = _whole(model), _whole(ema)
+        sharded = dcp.async_save(
+            {"state": get_optimizer_state_dict(model, optimizer)["state"]},
+            checkpoint_id=partial / "optimizer",
+            process_group=self.group,
+        )
+        waited = time.perf_counter() - start
+        self.pending = self.thread.submit(self._write, final, weights, average, state, sharded, start, waited)
+        return waited
+
+    def finish(self):
+        """Wait until no checkpoint is being written.
+
+        Returns:
+            On every rank, whether the last one was written; True if there was none.
+        """
+        written = self.pending is None or self.pending.result()
+        return distributed.from_rank_zero(written)
+
+    def _write(self, final, weights, average, state, sharded, start, waited):
+        """In the background: write the whole files, wait for the sharded ones, and make it a checkpoint."""
+        partial, problem = files.partial_name(final), None
+        try:
+            try:
+                if distributed.rank() == 0:
+                    safetensors.torch.save_file(weights, partial / "model.safetensors")
+                    torch.save(average, partial / "ema.pt")
+                    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            finally:
+                sharded.exception()  # waits: nothing may be removed while others write there
+            sharded.result()
+            if distributed.rank() == 0:
+                _write_manifest(partial)
+                files.publish(partial, final)
+                self._prune()
+        except (Exception, CheckpointException) as error:  # a full disk shows as one of many kinds
+            if isinstance(error, CheckpointException):  # holds what each rank met, with tracebacks
+                error = next(iter(error.failures.values()))[0]
+            problem = " ".join(str(error).split())[:300] or type(error).__name__
+        if distributed.rank() != 0:
+            return problem is None
+        if problem is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            return self._note(f"{final.name} was not written: {problem}; training goes on, earlier ones are whole")
+        seconds = time.perf_counter() - start
+        self.report(f"checkpoint {final} written in {seconds:.2f} s, for {waited:.2f} s of which training waited")
+        return True
+
+    def _note(self, problem):
+        if distributed.rank() == 0:
+            self.report(problem)
+        return False
+
+    def _prune(self):
+        """Remove the checkpoints that are not to be kept."""
+        old = sorted(steps(self.output_dir))[: -self.keep_last] if self.keep_last else []
+        for step in old:
+            if not self.keep_every or step % self.keep_every:
+                folder = self.output_dir / f"checkpoint-{step}"
+                removed = folder.rename(folder.with_name(f".{folder.name}.removed"))  # never half a checkpoint
+                shutil.rmtree(removed, ignore_errors=True)
+
+
+def _make_partial(final):
+    """The folder, made anew, under whose name a checkpoint is written. Raises ValueError."""
+    partial = files.partial_name(final)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{partial}: {error.strerror}") from error
+    return partial
+
+
+def _whole(model):
+    """A copy of the whole state dict in rank 0's memory, shards brought together; on other ranks, nothing of use."""
+    copied = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    on_cpu = next(model.parameters()).device.type == "cpu"  # then it is the model's own memory, which will change
+    return {key: value.clone() if on_cpu else value for key, value in copied.items()}
+
+
+def _write_manifest(folder):
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
+
+
+def check(folder, names=None):
+    """Raise ValueError naming the first file of a checkpoint that is missing or is not what the manifest says.
+
+    Args:
+        names: the files to look at; None: all that the manifest names.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())["files"]
+        expected = {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in names or entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is missing or damaged ({error})") from error
+    for name, (size, sha256) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != size or files.sha256(path) != sha256:
+            raise ValueError(f"{path} is damaged: its size or checksum is not the manifest's")
+
+
+def steps(output_dir):
+    """The steps of the checkpoints in a run's folder."""
+    names = (NAME.fullmatch(path.name) for path in pathlib.Path(output_dir).glob("checkpoint-*/"))
+    return [int(match[1]) for match in names if match]
+
+
+def find_latest(output_dir, names=None):
+    """The newest checkpoint in a run's folder that is intact.
+
+    Args:
+        names: the files that must be intact; None: all.
 
     Returns:
-        The folder's path.
+        (folder, problems): None if there is none; a line for each newer one that is damaged.
     """
-    final = pathlib.Path(output_dir) / f"checkpoint-{step}"
-    with files.written_whole(final) if distributed.rank() == 0 else contextlib.nullcontext() as partial:
-        partial = distributed.from_rank_zero(partial)
-        if distributed.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # what an earlier, killed attempt left
-            partial.mkdir(parents=True)
-        distributed.barrier()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
-            dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=partial / "optimizer")
-        if distributed.rank() == 0:
-            weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-            safetensors.torch.save_file(weights, partial / "model.safetensors")
-            torch.save({key: value.cpu() for key, value in ema.state_dict().items()}, partial / "ema.pt")
-            (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-    distributed.barrier()
-    return final
+    problems = []
+    for step in sorted(steps(output_dir), reverse=True):
+        folder = pathlib.Path(output_dir) / f"checkpoint-{step}"
+        try:
+            check(folder, names)
+            return folder, problems
+        except ValueError as error:
+            problems.append(str(error))
+    return None, problems
 
 
-def find_latest(output_dir):
-    """The folder of the highest step among the checkpoints in `output_dir`; None if there is none."""
-    found = [path for path in pathlib.Path(output_dir).glob("checkpoint-*/") if NAME.fullmatch(path.name)]
-    return max(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), default=None)
+def load_training(folder, model, ema, optimizer):
+    """Put a checkpoint's weights, average and optimizer state where training left them; all ranks call it together.
+
+    Args:
+        folder: of an intact checkpoint (`check`), which all ranks can read.
+        model, ema, optimizer: as for `Writer.save`, on any number of ranks, sharded or not.
+
+    Raises:
+        ValueError: the weights are not of this model.
+    """
+    weights = average = {}
+    if distributed.rank() == 0:
+        weights = _read_safetensors(folder / "model.safetensors")
+        average = _read_pt(folder / "ema.pt")
+    place(model, weights, folder / "model.safetensors")
+    place(ema, average, folder / "ema.pt")
+    state = get_optimizer_state_dict(model, optimizer)  # zeros, in the shapes and shards of this run
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load({"state": state["state"]}, checkpoint_id=folder / "optimizer")
+    set_optimizer_state_dict(model, optimizer, state)
+
+
+def place(model, state_dict, source):
+    """Give a model the weights that rank 0 has, whole; other ranks' `state_dict` is not looked at.
+
+    Raises:
+        ValueError: on every rank, naming `source`, if they do not fit.
+    """
+    distributed.on_rank_zero(check_fit, model.state_dict(), state_dict, source)
+    several = dist.is_initialized()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+    # A copy, because the library puts shards in the place of what it is given.
+    set_model_state_dict(model, dict(state_dict) if distributed.rank() == 0 else {}, options=options)
+
+
+def check_fit(expected, state_dict, source):
+    """Raise ValueError, naming `source`, unless a state dict has the names and shapes of the expected one."""
+    shapes = {key: tuple(value.shape) for key, value in expected.items()}
+    given = {key: tuple(value.shape) for key, value in state_dict.items()}
+    for key in shapes.keys() | given.keys():
+        if shapes.get(key) != given.get(key):
+            raise ValueError(
+                f"{source} does not fit the model: {key} is {given.get(key)}, and must be {shapes.get(key)}"
+            )
+
+
+def load_into(model, state_dict, source):
+    """Load a state dict into a model of this process. Raises ValueError, naming `source`, where they do not fit."""
+    check_fit(model.state_dict(), state_dict, source)
+    model.load_state_dict(state_dict)
 
 
 def load_weights(path):
@@ -99,11 +303,15 @@ def load_weights(path):
     """
     path = pathlib.Path(path)
     if path.is_dir() and not (path / STATE_FILE).is_file():
-        latest = find_latest(path)
+        latest, problems = find_latest(path, names=["ema.pt", STATE_FILE])
         if latest is None:
-            raise ValueError(f"no checkpoint in {path}: expected folders named checkpoint-STEP, or a {STATE_FILE}")
-        path = latest
-    if path.is_dir():
+            expected = f"expected folders named checkpoint-STEP, or a {STATE_FILE}"
+            raise ValueError("; ".join(problems) or f"no checkpoint in {path}: {expected}")
+        for problem in problems:
+            warnings.warn(f"{problem}; using {latest}", stacklevel=2)
+        path = latest / "ema.pt"
+    elif path.is_dir():
+        check(path, names=["ema.pt", STATE_FILE])
         path = path / "ema.pt"
     if not path.is_file():
         raise ValueError(
@@ -115,14 +323,6 @@ def load_weights(path):
     if own:
         config = read_state(path.parent)
     return Weights(state_dict, config, own, path)
-
-
-def load_into(model, state_dict, source):
-    """Load a state dict into a model, every key of both. Raises ValueError, naming `source`, where they do not fit."""
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit the model: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_state(folder):

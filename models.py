@@ -9,6 +9,7 @@ import math
 import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def modulate(x, shift, scale):
@@ -153,6 +154,8 @@ class SiT(nn.Module):
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        # Set to True to keep no activations inside blocks in training, and compute them again in the backward pass.
+        self.grad_checkpoint = False
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -212,7 +215,10 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids)  # (N, D)
         for block in self.blocks:
-            x = block(x, c)  # (N, T, D)
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, c, use_reentrant=False)  # (N, T, D)
+            else:
+                x = block(x, c)  # (N, T, D)
         x = self.final_layer(x, c)  # (N, T, patch_size^2 * out_channels)
         x = self.unpatchify(x)  # (N, out_channels, H, W)
         return x[:, : self.in_channels]

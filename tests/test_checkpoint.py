@@ -25,7 +25,14 @@ def saved(tmp_path):
     model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    return checkpoint.save(tmp_path / "run", 7, model, ema, optimizer, STATE), model, ema, optimizer
+    writer = checkpoint.Writer(tmp_path / "run")
+    writer.save(7, model, ema, optimizer, STATE)
+    with torch.no_grad():  # what comes after a save has no say in it
+        kept = [p.clone() for p in model.parameters()]
+        torch._foreach_add_(list(model.parameters()), 1.0)
+        assert writer.finish()
+        torch._foreach_copy_(list(model.parameters()), kept)
+    return tmp_path / "run" / "checkpoint-7", model, ema, optimizer
 
 
 def equal(a, b):
@@ -40,6 +47,7 @@ def test_layout_and_contents(saved):
         "ema.pt",
         "optimizer",
         "trainer_state.json",
+        "manifest.json",
     }
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-7"]
     assert equal(safetensors.torch.load_file(folder / "model.safetensors"), model.state_dict())
@@ -47,18 +55,84 @@ def test_layout_and_contents(saved):
     assert json.loads((folder / "trainer_state.json").read_text()) == STATE
 
 
-def test_the_optimizer_loads_again(saved):
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    folder, model, _, optimizer = saved
-    other = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    state = get_optimizer_state_dict(model, other)
-    torch.distributed.checkpoint.load(state, checkpoint_id=folder / "optimizer")
-    set_optimizer_state_dict(model, other, state)
+def test_training_loads_again(saved):
+    folder, model, ema, optimizer = saved
+    others = tiny(), tiny()
+    other = torch.optim.AdamW([p for p in others[0].parameters() if p.requires_grad], lr=0.5)
+    checkpoint.load_training(folder, *others, other)
+    assert equal(others[0].state_dict(), model.state_dict()) and equal(others[1].state_dict(), ema.state_dict())
     for mine, theirs in zip(
         other.state_dict()["state"].values(), optimizer.state_dict()["state"].values(), strict=True
     ):
         assert equal(mine, theirs)
+    assert other.param_groups[0]["lr"] == 0.5  # the flags', not the checkpoint's
+
+
+def flip_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FILES = ["model.safetensors", "ema.pt", "optimizer/.metadata", "optimizer/__0_0.distcp", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("damage", [flip_byte, lambda path: path.unlink()])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, name, damage):
+    folder, model, ema, optimizer = saved
+    writer = checkpoint.Writer(folder.parent)
+    writer.save(9, model, ema, optimizer, STATE)
+    assert writer.finish()
+    newest = folder.with_name("checkpoint-9")
+    checkpoint.check(newest)
+    assert checkpoint.find_latest(folder.parent) == (newest, [])
+    damage(newest / name)
+    latest, (problem,) = checkpoint.find_latest(folder.parent)
+    assert latest == folder and str(newest if name == "manifest.json" else newest / name) in problem
+    if name == "ema.pt":
+        with pytest.raises(ValueError, match="ema.pt"):
+            checkpoint.load_weights(newest)
+        with pytest.warns(UserWarning, match="checkpoint-9.ema.pt.*using.*checkpoint-7"):
+            assert checkpoint.load_weights(folder.parent).path == folder / "ema.pt"
+
+
+def test_checkpoints_are_kept_by_number_and_by_step(saved):
+    folder, model, ema, optimizer = saved
+    for leftover in (".checkpoint-6.partial", ".checkpoint-5.removed"):
+        (folder.parent / leftover).mkdir()
+    writer = checkpoint.Writer(folder.parent, keep_last=2, keep_every=10)
+    for step in (10, 11, 12, 20, 21, 22):
+        writer.save(step, model, ema, optimizer, STATE)
+    assert writer.finish()
+    assert sorted(checkpoint.steps(folder.parent)) == [10, 20, 21, 22]
+    assert {path.name[:11] for path in folder.parent.iterdir()} == {"checkpoint-"}
+
+
+@pytest.mark.parametrize("where", ["safetensors", "torch", "dcp", "folder"])
+def test_a_failed_write_is_said_and_leaves_what_was_there(saved, where, monkeypatch):
+    folder, model, ema, optimizer = saved
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    target = {
+        "safetensors": "safetensors.torch.save_file",
+        "torch": "torch.save",
+        "dcp": "torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data",
+        "folder": "pathlib.Path.mkdir",
+    }[where]
+    monkeypatch.setattr(target, full)
+    said = []
+    writer = checkpoint.Writer(folder.parent, report=said.append)
+    writer.save(9, model, ema, optimizer, STATE)
+    assert not writer.finish()
+    assert "checkpoint-9 was not written" in said[0] and "No space left" in said[0]
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-7"]
+    checkpoint.check(folder)
+    monkeypatch.undo()
+    writer.save(10, model, ema, optimizer, STATE)
+    assert writer.finish()
 
 
 def test_ema_first_from_a_run_a_checkpoint_and_its_files(saved):
@@ -69,11 +143,15 @@ def test_ema_first_from_a_run_a_checkpoint_and_its_files(saved):
     assert equal(checkpoint.load_weights(folder / "model.safetensors").state_dict, model.state_dict())
 
 
-def test_the_latest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
-    for name in ("checkpoint-9", "checkpoint-100", ".checkpoint-200.partial", "checkpoint-300-old", "checkpoint-x"):
-        (tmp_path / name).mkdir()
-    assert checkpoint.find_latest(tmp_path).name == "checkpoint-100"
-    assert checkpoint.find_latest(tmp_path / "checkpoint-9") is None
+def test_the_latest_checkpoint_is_the_one_of_the_highest_step(saved):
+    folder, model, ema, optimizer = saved
+    writer = checkpoint.Writer(folder.parent)
+    writer.save(100, model, ema, optimizer, STATE)
+    assert writer.finish()
+    for name in (".checkpoint-200.partial", "checkpoint-300-old", "checkpoint-x"):
+        (folder.parent / name).mkdir()
+    assert checkpoint.find_latest(folder.parent)[0].name == "checkpoint-100"
+    assert checkpoint.find_latest(folder) == (None, [])
 
 
 OTHER = {key: value + 1 for key, value in STATE_DICT.items()}

@@ -55,6 +55,7 @@ TRAIN_MISTAKES = [
     (["--in-channels", "4"], "contradicts --vae none, which gives 1 channels"),
     (["--hidden-size", "30"], "hidden_size 30 is not a multiple of num_heads 4"),
     (["--num-classes", "5"], "digit 5: label 5 is out of range; 5 classes have the labels 0 to 4"),
+    (["--num-classes", "11"], "--num-classes 11 contradicts the data, which has 10"),
     (["--global-batch-size", "16", "--micro-batch-size", "6"], "no multiple of --micro-batch-size 6 x 1 ranks = 6"),
     (["--lr", "-1"], "must be a number in (0, inf)"),
     (["--lr", "nan"], "must be a number"),
@@ -63,7 +64,13 @@ TRAIN_MISTAKES = [
     (["--class-dropout-prob", "0", "--cfg-scale", "2"], "needs a null class"),
     (["--data-path", "/nowhere"], "no such data; give 'digits'"),
     (["--output-dir", "/dev/null/x"], "the run's folder /dev/null/x cannot be made"),
-    (["--ckpt", "/nowhere.pt"], "no such checkpoint: /nowhere.pt"),
+    (["--init-from", "/nowhere.pt"], "no such checkpoint: /nowhere.pt"),
+    (["--precision", "tf32"], "--precision tf32 needs a CUDA GPU"),
+    (["--fsdp-shard-size", "2"], "no effect without --parallel fsdp"),
+    (["--betas", "0.9"], "expected 2 arguments"),
+    (["--betas", "0.9", "1"], "must be a number in [0, 1)"),
+    (["--lr-schedule", "linear"], "choose from constant, cosine"),
+    (["--max-grad-norm", "0"], "must be a number in (0, inf)"),
     (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: No such file"),
     (["--vae", "/nowhere"], "cannot load the VAE '/nowhere'"),
     (["stray"], "unrecognized arguments: stray"),
@@ -84,8 +91,18 @@ def test_training_without_data_says_what_is_missing(capsys, monkeypatch):
 
 def test_a_run_folder_with_checkpoints_is_not_written_over(capsys, monkeypatch, digits_run):
     before = (digits_run / "log.txt").read_text()
-    message = fail("train", [*TINY, "--output-dir", digits_run], capsys, monkeypatch)
-    assert "holds checkpoint-6 of an earlier run" in message
+    flags = [*TINY, "--output-dir", digits_run]
+    message = fail("train", [*flags, "--resume", "never"], capsys, monkeypatch)
+    assert "holds checkpoint-6; give another, or --resume auto" in message
+    message = fail("train", [*flags, "--resume", digits_run / "checkpoint-3"], capsys, monkeypatch)
+    assert "holds checkpoint-6, newer than" in message
+    for change, text in (
+        (["--hidden-size", 64], "--hidden-size: 64 is asked for"),
+        (["--prediction", "noise"], "--prediction: noise is asked for"),
+        (["--class-dropout-prob", 0], "--class-dropout-prob: False is asked for"),
+        (["--resume", "/nowhere"], "--resume /nowhere: no such folder"),
+    ):
+        assert text in fail("train", [*flags, *change], capsys, monkeypatch)
     assert (digits_run / "log.txt").read_text() == before
 
 

@@ -20,6 +20,7 @@ def test_the_files_of_a_run(digits_run):
     assert {path.name for path in digits_run.iterdir()} == {
         "checkpoint-3",
         "checkpoint-6",
+        ".lock",
         "log.txt",
         "metrics.jsonl",
         "samples",
@@ -58,7 +59,7 @@ def test_weights_train_and_the_average_follows(digits_run):
 
 def test_learning_rate_decay_and_average_are_those_of_the_flags(tmp_path):
     """Adam's first step has size lr for every weight with a gradient; weight decay shrinks the others; EMA follows."""
-    flags = ["--max-steps", 1, "--lr", 0.01, "--weight-decay", 0.5, "--ema-decay", 0.75]
+    flags = ["--max-steps", 1, "--lr", 0.01, "--weight-decay", 0.5, "--ema-decay", 0.75, "--no-ema-warmup"]
     losses(tmp_path, *flags, steps=1)
     trained, average = (
         checkpoint.load_weights(tmp_path / "checkpoint-1" / name).state_dict for name in ("model.safetensors", "ema.pt")
@@ -75,10 +76,21 @@ def test_learning_rate_decay_and_average_are_those_of_the_flags(tmp_path):
 
 
 def test_ema_is_the_recursion_of_its_definition():
-    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    expected = 0.9 * ema.weight.detach() + 0.1 * model.weight.detach()
-    train.update_ema(ema, model, 0.9)
-    torch.testing.assert_close(ema.weight.detach(), expected)
+    average, parameters = [torch.randn(2, 2), torch.randn(3)], [torch.randn(2, 2), torch.randn(3)]
+    expected = [0.9 * a + 0.1 * p for a, p in zip(average, parameters, strict=True)]
+    train.update_ema(average, parameters, 0.9)
+    torch.testing.assert_close(average, expected)
+
+
+def test_a_young_average_forgets_faster():
+    assert [train.ema_decay(step, 0.9999, True) for step in (0, 8)] == [2 / 11, 10 / 19]
+    assert train.ema_decay(10**6, 0.9999, True) == train.ema_decay(0, 0.9999, False) == 0.9999
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [train.learning_rate(step, 30, 2.0, 10, "cosine") for step in (0, 4, 9, 10, 20, 30)]
+    np.testing.assert_allclose(rates, [0.2, 1.0, 2.0, 2.0, 1.0, 0.0], atol=1e-12)
+    assert train.learning_rate(500, 1000, 2.0, 10, "constant") == 2.0
 
 
 def test_what_is_random_belongs_to_the_place_in_the_global_batch():
@@ -134,19 +146,19 @@ def test_images_in_class_folders_through_an_autoencoder(path_type, prediction, s
     """Training, a grid and sampling on colour images, with a VAE that the test makes."""
     images = write_images(tmp_path / "images", {"cat": [(20, 17)] * 5, "dog": [(16, 40)] * 4, "fox": [(16, 16)] * 3})
     arguments = [*TINY, "--data-path", images, "--vae", small_vae(), "--image-size", 16, "--max-steps", 2]
-    arguments += ["--path-type", path_type, "--prediction", prediction, "--sample-every", 2, "--num-classes", 5]
+    arguments += ["--path-type", path_type, "--prediction", prediction, "--sample-every", 2]
     result = run("train.py", *arguments, "--results-dir", tmp_path / "results")
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "results").iterdir()
     assert folder.name == f"000-SiT-S-2-{path_type}-{prediction}-None"
-    assert Image.open(folder / "samples" / "0000002.png").size == (5 * 66 + 2, 2 * 66 + 2)
+    assert Image.open(folder / "samples" / "0000002.png").size == (3 * 66 + 2, 2 * 66 + 2)
     state = checkpoint.read_state(folder / "checkpoint-2")
-    assert state["model"]["num_classes"] == 5 and state["model"]["in_channels"] == 4
+    assert state["model"]["num_classes"] == 3 and state["model"]["in_channels"] == 4
     result = run("sample.py", "SDE", "--ckpt", folder, "--num-sampling-steps", 5, "--output", tmp_path / "grid.png")
     assert result.returncode == 0, result.stderr
     assert "SDE Euler, 5 network calls per image, guidance 4 on 4 of 4 channels" in result.stdout
     # The same weights start another run, in a folder numbered after the first.
-    result = run("train.py", *arguments, "--results-dir", tmp_path / "results", "--ckpt", folder)
+    result = run("train.py", *arguments, "--results-dir", tmp_path / "results", "--init-from", folder)
     assert result.returncode == 0, result.stderr
     assert {path.name[:3] for path in (tmp_path / "results").iterdir()} == {"000", "001"}
 

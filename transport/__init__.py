@@ -8,7 +8,7 @@ images = Sampler(transport).sample_ode()(noise, model, y=y)[-1]
 from .integrators import ODE_METHODS, SDE_METHODS
 from .path import DIFFUSION_FORMS, PATHS, check_choice
 from .sampler import LAST_STEPS, Sampler
-from .transport import LOSS_WEIGHTS, PREDICTIONS, Transport
+from .transport import LOSS_WEIGHTS, PREDICTIONS, Transport, logit_normal
 
 __all__ = [
     "DIFFUSION_FORMS",
@@ -21,6 +21,7 @@ __all__ = [
     "Sampler",
     "Transport",
     "create_transport",
+    "logit_normal",
 ]
 
 

@@ -10,6 +10,15 @@ PREDICTIONS = ("velocity", "score", "noise")
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 
 
+def logit_normal(uniform, mean=0.0, std=1.0):
+    """Map uniform random numbers in [0, 1) to logit-normal ones: sigmoid(mean + std z), z ~ N(0, 1).
+
+    As times of training (Esser et al. 2024) they are more often in the middle of a path than at its ends; a mean above
+    0 is closer to the data.
+    """
+    return torch.sigmoid(mean + std * torch.special.ndtri(uniform))
+
+
 class Transport:
     """A path together with a prediction target; made by `create_transport`, which documents the arguments.
 
