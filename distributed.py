@@ -32,8 +32,11 @@ def init():
     if use_cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if use_cuda else None)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun keeps one store over its restarts, in which a rank must not find the addresses of ranks that died.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        where = dict(store=store, rank=rank, world_size=world_size, device_id=device if use_cuda else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT, **where)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
     return device

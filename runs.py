@@ -16,7 +16,7 @@ EXIT_DIVERGED = 3  # the loss was not finite for too many steps in a row
 EXIT_STOPPED = 75  # a signal asked it to stop, and it saved first; the same command continues (EX_TEMPFAIL)
 
 _held = []  # locks are held as long as their files are open
-LOCK_PATIENCE = 15  # seconds in which the ranks of a killed run can be expected to end
+LOCK_PATIENCE = 10  # seconds in which the ranks of a killed run can be expected to end
 # Flags that say where and how a run goes on, not what it computes.
 NOT_OF_THE_RUN = ("output_dir", "results_dir", "resume", "init_from", "config", "dry_run")
 

@@ -106,6 +106,21 @@ def torchrun(*arguments, processes=2, flags=(), timeout=300):
     )
 
 
+def start_torchrun(*arguments, folder, processes=2):
+    """Start train.py with torchrun, whose own flags come first, in the background; a `subprocess.Popen`."""
+    flags = [word for word in map(str, arguments) if word.startswith("--max-restarts")]
+    rest = [word for word in map(str, arguments) if word not in flags]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *flags]
+    return subprocess.Popen(
+        [*launcher, "train.py", *rest, "--output-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,15 +1,24 @@
 """Runs that are killed, stopped, damaged or continued on other ranks: they go on as if nothing had happened."""
 
 import json
+import math
+import os
+import pathlib
 import random
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY, read_metrics
-from processes import Script
+from processes import Script, start_torchrun, torchrun
+
+import checkpoint
+import files
+from models import SiT
 
 STEPS = 40
 FLAGS = [*TINY, "--max-steps", STEPS, "--ckpt-every", 10]
@@ -36,15 +45,15 @@ def curve(folder):
 
 def contents(folder):
     """Everything that a checkpoint holds, as bytes or tensors, apart from times, versions and paths."""
-    files = {name: (folder / name).read_bytes() for name in ("model.safetensors", "ema.pt")}
+    weights = {name: (folder / name).read_bytes() for name in ("model.safetensors", "ema.pt")}
     state = json.loads((folder / "trainer_state.json").read_text())
     optimizer = {}
     reader = torch.distributed.checkpoint.FileSystemReader(folder / "optimizer")
     metadata = reader.read_metadata().state_dict_metadata
     for key, entry in metadata.items():
         optimizer[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    torch.distributed.checkpoint.load(optimizer, checkpoint_id=folder / "optimizer")
-    return files, {key: value.tolist() for key, value in optimizer.items()}, state["samples_seen"], state["window"]
+    torch.distributed.checkpoint.load(optimizer, checkpoint_id=folder / "optimizer", no_dist=True)
+    return weights, {key: value.tolist() for key, value in optimizer.items()}, state["samples_seen"], state["window"]
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +111,210 @@ def test_a_run_goes_on_on_other_ranks(first, then, uninterrupted, tmp_path):
     assert f"continuing from {tmp_path}/checkpoint-20" in result.stdout
     assert "--max-steps was 20 until now, and is 40" in result.stdout
     np.testing.assert_allclose(curve(tmp_path), curve(uninterrupted("one process")), atol=1e-4)
+
+
+def wait_for_step(script, folder, step):
+    """Wait until the run has logged a step."""
+    figures = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not figures.exists() or figures.read_text().count("\n") < step:
+        assert script.alive() and time.monotonic() < deadline, script.wait().stderr
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "way, number", [("one process", signal.SIGINT), ("ddp", signal.SIGTERM), ("fsdp", signal.SIGTERM)]
+)
+def test_a_signal_saves_the_step_and_the_run_goes_on(way, number, uninterrupted, tmp_path):
+    endless = [*TINY, "--max-steps", 10**6, "--num-workers", 1]
+    script = train(tmp_path, way, flags=endless)
+    wait_for_step(script, tmp_path, 5)
+    script.signal(number, ranks=[0] if way == "one process" else [1])  # a scheduler may reach one rank first
+    result = finish(script, code=75)
+    assert "the same command continues" in result.stdout
+    done = len(read_metrics(tmp_path))
+    assert sorted(checkpoint.steps(tmp_path)) == [done]
+    finish(train(tmp_path, way, "--max-steps", done + 3, flags=endless))
+    assert len(curve(tmp_path)) == done + 3
+    expected = curve(uninterrupted("one process"))
+    np.testing.assert_allclose(curve(tmp_path)[:40], expected[: done + 3], atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_rank_that_dies_ends_the_others(way, tmp_path):
+    script = train(tmp_path, way, flags=[*TINY, "--max-steps", 10**6])
+    wait_for_step(script, tmp_path, 5)
+    script.signal(signal.SIGKILL, ranks=[1])
+    assert script.wait(timeout=60).returncode != 0
+
+
+def test_torchrun_starts_a_run_again_that_lost_a_rank(uninterrupted, tmp_path):
+    """Half of --max-restarts' promise is torchrun's; the other half is that the same command continues."""
+    process = start_torchrun("--max-restarts=1", *FLAGS, "--max-steps", 400, "--parallel", "ddp", folder=tmp_path)
+    figures = tmp_path / "metrics.jsonl"
+    while not figures.exists() or figures.read_text().count("\n") < 15:
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert process.wait(timeout=200) == 0
+    assert len(curve(tmp_path)) == 400
+    np.testing.assert_allclose(curve(tmp_path)[:40], curve(uninterrupted("one process")), atol=1e-4)
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("continuing from") == 1
+
+
+def test_ranks_end_with_torchrun(tmp_path):
+    process = start_torchrun(*TINY, "--max-steps", 10**6, folder=tmp_path)
+    figures = tmp_path / "metrics.jsonl"
+    while not figures.exists() or figures.read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_restarts_without_a_folder_are_refused():
+    result = torchrun("train.py", *TINY, flags=["--max-restarts=1"])
+    assert result.returncode == 1 and "--max-restarts needs --output-dir" in result.stderr
+
+
+def test_a_kill_while_a_checkpoint_is_written_loses_none(uninterrupted, tmp_path):
+    expected = uninterrupted("one process")
+    flags = [*TINY, "--max-steps", STEPS, "--ckpt-every", 1]
+    script = train(tmp_path, "one process", flags=flags)
+    wait_for_step(script, tmp_path, random.randrange(2, 30))
+    while not list(tmp_path.glob(".checkpoint-*")) and script.alive():
+        pass
+    script.signal(signal.SIGKILL)
+    script.wait()
+    written = checkpoint.steps(tmp_path)
+    for step in written:
+        checkpoint.check(tmp_path / f"checkpoint-{step}")
+    result = finish(train(tmp_path, "one process", flags=flags))
+    assert f"continuing from {tmp_path}/checkpoint-{max(written)}," in result.stdout
+    assert contents(tmp_path / "checkpoint-40") == contents(expected / "checkpoint-40")
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+@pytest.mark.parametrize("way", ["one process", "fsdp"])
+def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(way, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted(way), tmp_path / "run")
+    shard = tmp_path / "run" / "checkpoint-40" / "optimizer" / ("__1_0.distcp" if way == "fsdp" else "__0_0.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    result = finish(train(tmp_path / "run", way))
+    assert f"{shard} is damaged" in result.stdout and "continuing from" in result.stdout
+    assert "checkpoint-30" in result.stdout
+    assert (tmp_path / "run" / "damaged-0-checkpoint-40").is_dir()
+    assert contents(tmp_path / "run" / "checkpoint-40") == contents(uninterrupted(way) / "checkpoint-40")
+
+
+def test_a_run_that_is_done_says_so_and_does_nothing(uninterrupted):
+    folder = uninterrupted("one process")
+    before = (folder / "log.txt").read_text()
+    result = finish(train(folder, "one process"))
+    assert "it is done" in result.stdout and (folder / "log.txt").read_text() == before
+
+
+def test_changed_flags_are_named_and_win(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted("one process"), tmp_path / "run")
+    result = finish(train(tmp_path / "run", "one process", "--max-steps", 41, "--lr", 0.5, "--global-batch-size", 32))
+    assert "--lr was 0.001 until now, and is 0.5" in result.stdout
+    assert "--global-batch-size was 16 until now, and is 32" in result.stdout
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["learning_rate"] == 0.5 and last["samples_seen"] == 40 * 16 + 32
+
+
+def test_a_run_can_go_on_from_a_checkpoint_in_another_folder(uninterrupted, tmp_path):
+    source = uninterrupted("one process")
+    finish(train(tmp_path, "one process", "--resume", source / "checkpoint-20"))
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(21, 41))
+    assert contents(tmp_path / "checkpoint-40") == contents(source / "checkpoint-40")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    script = train(tmp_path, "one process", flags=[*TINY, "--max-steps", 10**6])
+    wait_for_step(script, tmp_path, 1)
+    result = finish(train(tmp_path, "one process"), code=2)
+    assert "another run is writing to" in result.stderr and result.stderr.count("\n") == 1
+    script.signal(signal.SIGKILL)
+    script.wait()
+
+
+def test_windows_of_the_log_that_a_kill_cuts_are_whole(tmp_path):
+    """Lines of the log every 7 steps, a checkpoint every 10: the loss of steps 8 to 14 needs steps 8 to 10."""
+    flags = [*TINY, "--max-steps", 21, "--ckpt-every", 10, "--log-every", 7]
+    finish(train(tmp_path / "a", "one process", flags=flags))
+    finish(train(tmp_path / "b", "one process", "--resume", tmp_path / "a" / "checkpoint-10", flags=flags))
+    keys = ("step", "loss", "loss_by_time", "samples_seen", "learning_rate")
+    a, b = ([[line[key] for key in keys] for line in read_metrics(tmp_path / name)] for name in "ab")
+    assert [line[0] for line in a] == [7, 14, 21] and a[1:] == b
+
+
+# ------------------------------------------------------------------------------------- what is not finite
+
+
+def write_latents(folder, bad):
+    """64 cached latents of which those with the numbers `bad` are not numbers."""
+    moments = torch.rand(64, 2, 2, 4, 8, 8)
+    moments[list(bad)] = math.nan
+    folder.mkdir()
+    path = folder / "shard-00000.safetensors"
+    safetensors.torch.save_file({"moments": moments, "labels": torch.arange(64) % 10}, path)
+    entry = {"file": path.name, "examples": 64, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    manifest = {"vae": "ema", "image_size": 64, "channels": 4, "latent_size": 8, "num_classes": 10, "mirrors": True}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"scale": 1.0, "shift": 0.0, "shards": [entry]}))
+    return folder
+
+
+LATENT_FLAGS = [flag for flag in TINY if flag not in ("--vae", "none")] + ["--ckpt-every", 2]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_that_is_not_finite_is_left_out(way, tmp_path):
+    latents = write_latents(tmp_path / "latents", bad=[5])
+    flags = [*LATENT_FLAGS, "--data-path", latents, "--max-steps", 4]  # one epoch: one step has it
+    result = finish(train(tmp_path / "run", way, flags=flags))
+    assert result.stdout.count("left out: not finite (loss nan, gradient norm nan), 1 in a row") == 1
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[-1]["bad_steps"] == 1 and sorted(line["loss"] is None for line in metrics) == [False] * 3 + [True]
+    state = checkpoint.load_weights(tmp_path / "run" / "checkpoint-4" / "model.safetensors").state_dict
+    assert all(value.isfinite().all() for value in state.values())
+    optimizer = contents(tmp_path / "run" / "checkpoint-4")[1]
+    assert optimizer["state.final_layer.linear.weight.step"] == 3.0
+
+
+def test_a_step_that_is_left_out_changes_no_weight(tmp_path):
+    latents = write_latents(tmp_path / "latents", bad=range(64))
+    flags = [*LATENT_FLAGS, "--data-path", latents, "--max-steps", 1, "--ema-decay", 0.5, "--weight-decay", 0.5]
+    finish(train(tmp_path / "run", "one process", flags=flags))
+    weights, average = (
+        checkpoint.load_weights(tmp_path / "run" / "checkpoint-1" / name).state_dict
+        for name in ("model.safetensors", "ema.pt")
+    )
+    torch.manual_seed(0)
+    initial = SiT(**checkpoint.read_state(tmp_path / "run" / "checkpoint-1")["model"]).state_dict()
+    for key, value in initial.items():
+        assert torch.equal(weights[key], value) and torch.allclose(average[key], value)
+
+
+@pytest.mark.parametrize("way", ["one process", "ddp"])
+def test_a_run_that_is_not_finite_any_more_stops(way, tmp_path):
+    good, bad = write_latents(tmp_path / "good", bad=[]), write_latents(tmp_path / "bad", bad=range(64))
+    flags = [*LATENT_FLAGS, "--max-bad-steps", 5]
+    finish(train(tmp_path / "run", way, "--max-steps", 4, flags=[*flags, "--data-path", good]))
+    before = contents(tmp_path / "run" / "checkpoint-4")
+    flags += ["--max-steps", 40, "--ckpt-every", 100]
+    result = finish(train(tmp_path / "run", way, flags=[*flags, "--data-path", bad]), code=3)
+    assert (
+        "stopped at step 9: --max-bad-steps 5 in a row were not finite (loss nan, gradient norm nan)" in result.stdout
+    )
+    assert checkpoint.find_latest(tmp_path / "run") == (tmp_path / "run" / "checkpoint-4", [])
+    assert contents(tmp_path / "run" / "checkpoint-4") == before

@@ -1,9 +1,11 @@
 """train.py from its command line to its files."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY, read_metrics
 from PIL import Image
@@ -12,8 +14,10 @@ from test_data import bad_folder, write_images
 
 import checkpoint
 import data
+import logs
 import train
 from models import SiT
+from transport import create_transport
 
 
 def test_the_files_of_a_run(digits_run):
@@ -197,3 +201,148 @@ def test_training_from_given_weights_starts_where_they_are(digits_run, tmp_path,
     first = losses(tmp_path, "--ckpt", digits_run)[0]
     # The same batch, noise and times as a new model's first step, so the six steps of the weights show.
     assert first < loss_curve_of_one_process[0] - 0.005
+
+
+def test_weights_of_other_classes_and_sizes_start_a_run(digits_run, small_vae, tmp_path):
+    """--init-from keeps all that does not depend on the classes; a position embedding is a function of the size."""
+    images = write_images(tmp_path / "images", {"cat": [(16, 16)] * 8, "dog": [(16, 16)] * 8})
+    flags = [*TINY, "--data-path", images, "--vae", small_vae(latent_channels=1), "--image-size", 32, "--max-steps", 1]
+    result = run("train.py", *flags, "--lr", 1e-9, "--output-dir", tmp_path / "run", "--init-from", digits_run)
+    assert result.returncode == 0, result.stderr
+    assert "11 rows of class embeddings there, 3 here: they begin anew" in result.stdout
+    assert "16 tokens there, 64 here" in result.stdout
+    before = checkpoint.load_weights(digits_run).state_dict
+    after = checkpoint.load_weights(tmp_path / "run" / "checkpoint-1" / "model.safetensors").state_dict
+    for key in before.keys() - {"pos_embed", "y_embedder.embedding_table.weight"}:
+        torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=0)
+
+
+def test_bf16_follows_fp32(tmp_path, loss_curve_of_one_process):
+    curve = losses(tmp_path, "--precision", "bf16")
+    difference = np.abs(np.subtract(curve, loss_curve_of_one_process))
+    assert 0 < difference.max() < 0.02  # of about 1.6
+    weights = safetensors.torch.load_file(tmp_path / "checkpoint-12" / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    key = "blocks.0.mlp.fc1.weight"  # master weights: rounding to bf16 would have lost most of what 12 steps changed
+    assert not torch.equal(weights[key], weights[key].bfloat16().float())
+
+
+def test_checkpointed_activations_change_nothing(tmp_path, loss_curve_of_one_process):
+    np.testing.assert_allclose(losses(tmp_path, "--grad-checkpoint"), loss_curve_of_one_process, atol=1e-6)
+
+
+def test_compiled_training_has_the_same_losses(tmp_path, loss_curve_of_one_process):
+    np.testing.assert_allclose(losses(tmp_path, "--compile", steps=6), loss_curve_of_one_process[:6], atol=1e-3)
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize(
+    "path_type, prediction, weight",
+    [("Linear", "velocity", None), ("GVP", "noise", "velocity"), ("VP", "score", "likelihood")],
+)
+def test_model_and_loss_are_one_graph(path_type, prediction, weight, grad_checkpoint):
+    model = SiT(input_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=4, num_classes=10)
+    model.grad_checkpoint = grad_checkpoint
+    transport = create_transport(path_type, prediction, weight)
+
+    def loss(x1, t, x0, y, drop):
+        kwargs = dict(y=y, force_drop_ids=drop)
+        return transport.training_losses(model, x1, kwargs, t=t, x0=x0)["loss"].mean()
+
+    torch.manual_seed(0)
+    x1, x0 = torch.randn(2, 4, 1, 8, 8)
+    arguments = x1, torch.rand(4), x0, torch.randint(0, 10, (4,)), torch.rand(4) < 0.5
+    torch._dynamo.reset()
+    explanation = torch._dynamo.explain(loss)(*arguments)
+    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0), explanation.break_reasons
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")  # a graph break would be an error
+    torch.testing.assert_close(compiled(*arguments), loss(*arguments))
+
+
+def test_gradients_are_scaled_to_the_norm(tmp_path):
+    """Adam does not see a constant factor, but its second moment does: norm^2 (1 - beta2) after a step."""
+    losses(tmp_path, "--max-grad-norm", 0.01, steps=1)
+    norm = read_metrics(tmp_path)[0]["gradient_norm"]
+    assert norm > 1  # the log has it as it was
+    optimizer = torch.distributed.checkpoint.FileSystemReader(tmp_path / "checkpoint-1" / "optimizer")
+    keys = [key for key in optimizer.read_metadata().state_dict_metadata if key.endswith(".exp_avg_sq")]
+    state = {key: torch.empty(optimizer.read_metadata().state_dict_metadata[key].size) for key in keys}
+    torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path / "checkpoint-1" / "optimizer", no_dist=True)
+    total = sum(value.double().sum().item() for value in state.values())
+    assert total == pytest.approx(0.01**2 * 0.001, rel=1e-3)
+
+
+def test_the_loss_by_time_is_a_part_of_the_loss(tmp_path):
+    result = run("train.py", *TINY, "--max-steps", 5, "--log-every", 5, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (line,) = read_metrics(tmp_path)
+    uniform = torch.cat(
+        [train.draw_randomness(0, step, 16, slice(0, 16), (1, 8, 8), torch.device("cpu"))[0] for step in range(5)]
+    )
+    shares = torch.histc(uniform, 10, 0, 1) / 80
+    expected = sum(share.item() * value for share, value in zip(shares, line["loss_by_time"], strict=True) if share)
+    assert expected == pytest.approx(line["loss"], rel=1e-5)
+    assert line["memory_gib"] > 0 and line["mfu"] is None
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path):
+    flags = ["--data-path", "digits", "--vae", "none", "--dry-run", "--micro-batch-size", 64, "--grad-checkpoint"]
+    result = run("train.py", *flags, "--output-dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert "model: SiT-XL/2" in result.stdout and "lr: 0.0001" in result.stdout
+    assert "673,671,176 parameters" in result.stdout
+    assert "9,827 steps of 256 images = micro batch 64 x 1 ranks x accumulation 4" in result.stdout
+    assert "weights 2.51, gradients 2.51, optimizer 5.02, moving average 2.51" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_are_asked_for_by_name(capsys, monkeypatch, tmp_path):
+    from test_options import fail
+
+    for package in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[package], None)
+        flags = [*TINY, "--max-steps", 1, f"--{package}", "--output-dir", tmp_path / "run"]
+        assert f"--{package} needs the package {package}" in fail("train", flags, capsys, monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+def test_figures_and_grids_reach_the_trackers(tmp_path):
+    """Stand-ins that keep what they are told: neither tracker is among the requirements."""
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.told = [(str(folder), purge_step)]
+
+        def add_scalar(self, *told):
+            self.told.append(told)
+
+        def add_image(self, tag, picture, step, dataformats):
+            self.told.append((tag, picture.shape, step, dataformats))
+
+        def close(self):
+            self.told.append("closed")
+
+    Image.new("RGB", (5, 3)).save(tmp_path / "grid.png")
+    tracker = logs.TensorBoard(Writer, tmp_path, 7)
+    log = logs.RunLog(tmp_path, 7, [tracker])
+    figures = dict(loss=1.5, gradient_norm=2.0, images_per_second=3.0, data_wait=0.1, mfu=None, bad_steps=0)
+    log.metrics(step=8, **figures, loss_by_time=[None, 0.5] + [None] * 8)
+    log.picture(tmp_path / "grid.png", 8)
+    log.close()
+    told = tracker.writer.told
+    assert told[0] == (str(tmp_path / "tensorboard"), 8) and told[-1] == "closed"
+    assert (
+        ("loss", 1.5, 8) in told and ("loss_by_time/0.1", 0.5, 8) in told and ("samples", (3, 5, 3), 8, "HWC") in told
+    )
+    assert not any(entry[0] in ("mfu", "loss_by_time/0.0") for entry in told)
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, capsys):
+    log = logs.RunLog(tmp_path, 0, [])
+    log.text.close()
+    log.text = open("/dev/full", "a", buffering=1)
+    log.line("one")
+    log.line("two")
+    captured = capsys.readouterr()
+    assert captured.out == "one\ntwo\n" and captured.err.count("cannot be written: No space left on device") == 1

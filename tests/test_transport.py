@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import load_golden
 
-from transport import DIFFUSION_FORMS, PATHS, PREDICTIONS, create_transport
+from transport import DIFFUSION_FORMS, PATHS, PREDICTIONS, create_transport, logit_normal
 
 GOLDEN = load_golden("transport.npz")
 X0, X1, T, OUTPUT = (GOLDEN[key] for key in ("x0", "x1", "t", "model_output"))
@@ -231,3 +231,11 @@ def test_times_without_noise_are_refused():
 def test_a_model_of_the_wrong_shape_is_named():
     with pytest.raises(ValueError, match="shape"):
         create_transport().training_losses(lambda x, t: x[:, :1], torch.zeros(2, 3))
+
+
+def test_logit_normal_times_are_those_of_the_definition():
+    uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    t = logit_normal(uniform, mean=0.5, std=0.8)
+    logits = torch.log(t / (1 - t))
+    assert logits.mean().item() == pytest.approx(0.5, abs=1e-6) and logits.std().item() == pytest.approx(0.8, abs=2e-3)
+    assert logit_normal(torch.tensor([0.0, 0.5])).tolist() == [0.0, 0.5]
