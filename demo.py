@@ -87,9 +87,9 @@ def main():
 
     labels = list(range(10)) * args.samples_per_class
     how = dict(mode="ODE", settings=options.ODE_DEFAULTS | {"num_steps": 50}, cfg_scale=args.cfg_scale, seed=args.seed)
-    images, calls = sampling.generate(pipeline, labels, batch_size=500, **how)
+    images, counts = sampling.generate(pipeline, labels, batch_size=500, **how)
     sampling.save_grid(images[:100], output, columns=10)
-    description = sampling.describe(pipeline, **how, calls=calls)
+    description = sampling.describe(pipeline, **how) | counts
     figures = judge(images, np.array(labels))
     sampling.save_description({**description, **figures}, output.with_suffix(".json"))
 

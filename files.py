@@ -4,6 +4,9 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import zipfile
+
+import numpy as np
 
 
 def partial_name(path):
@@ -40,6 +43,32 @@ def flush_entry(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class NpzWriter:
+    """Writes arrays into an .npz that `numpy.load` reads, part by part: no array is in memory as a whole."""
+
+    def __init__(self, path):
+        self.archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.archive.close()
+
+    def write_array(self, name, parts, length):
+        """Write the array of `length` rows that the arrays `parts`, of one dtype and shape of row, make together."""
+        with self.archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            written = 0
+            for part in parts:
+                if written == 0:
+                    header = {"descr": part.dtype.str, "fortran_order": False, "shape": (length, *part.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(part).tobytes())
+                written += len(part)
+        if written != length:
+            raise ValueError(f"{name} has {written} rows, and should have {length}")
 
 
 def sha256(path):

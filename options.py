@@ -12,7 +12,16 @@ import yaml
 
 import data
 import latents
-from transport import DIFFUSION_FORMS, LAST_STEPS, LOSS_WEIGHTS, ODE_METHODS, PATHS, PREDICTIONS, SDE_METHODS
+from transport import (
+    ADAPTIVE_ODE_METHODS,
+    DIFFUSION_FORMS,
+    LAST_STEPS,
+    LOSS_WEIGHTS,
+    ODE_METHODS,
+    PATHS,
+    PREDICTIONS,
+    SDE_METHODS,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,9 +124,12 @@ def integer(minimum):
     return parse
 
 
-def number(minimum=-math.inf, below=math.inf, exclude_minimum=False):
-    """An argparse type: a finite number in [minimum, below), or (minimum, below)."""
+def number(minimum=-math.inf, below=math.inf, exclude_minimum=False, closed=None):
+    """An argparse type: a finite number in [minimum, below), (minimum, below) or [minimum, closed]."""
+    if closed is not None:
+        below = math.nextafter(closed, math.inf)
     bracket = "(" if exclude_minimum or minimum == -math.inf else "["
+    upper = f"{below})" if closed is None else f"{closed}]"
 
     def parse(text):
         try:
@@ -125,7 +137,7 @@ def number(minimum=-math.inf, below=math.inf, exclude_minimum=False):
         except ValueError:
             value = math.nan
         if not (minimum <= value < below and math.isfinite(value)) or (exclude_minimum and value == minimum):
-            raise argparse.ArgumentTypeError(f"must be a number in {bracket}{minimum}, {below}), not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a number in {bracket}{minimum}, {upper}, not {text!r}")
         return value
 
     return parse
@@ -243,6 +255,8 @@ def add_solver_flags(parser):
         "METHOD",
         f"ODE: {', '.join(ODE_METHODS)} (default: dopri5); SDE: {', '.join(SDE_METHODS)} (default: Euler)",
     )
+    shift = "above 1: more of the time points where there is noise, as larger images want (default: 1)"
+    add("--time-shift", number(0, exclude_minimum=True), "S", shift)
     add = flag_group(parser, "ODE alone")
     positive = number(0, exclude_minimum=True)
     add("--atol", positive, "TOL", "absolute tolerance of adaptive methods (default: 1e-6)")
@@ -282,4 +296,6 @@ def solver_settings(args):
     settings = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in own.items()}
     if settings.get("last_step") == "none":
         settings["last_step"] = None
-    return settings | {"num_steps": args.num_sampling_steps}
+    if args.time_shift is not None and settings["sampling_method"] in (*ADAPTIVE_ODE_METHODS, "scipy_solver"):
+        raise ValueError(f"--time-shift has no effect on {settings['sampling_method']}, which chooses its own steps")
+    return settings | {"num_steps": args.num_sampling_steps, "time_shift": args.time_shift or 1.0}

@@ -38,15 +38,16 @@ def main():
         labels = args.class_labels or sampling.default_labels(pipeline.model.num_classes)
         sampling.check_labels(labels, pipeline.model.num_classes)
         cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model)
-        how = dict(mode=args.mode, settings=settings, cfg_scale=cfg_scale, seed=args.seed)
+        cfg_interval = sampling.resolve_cfg_interval(args.cfg_interval, cfg_scale)
+        how = dict(mode=args.mode, settings=settings, cfg_scale=cfg_scale, cfg_interval=cfg_interval, seed=args.seed)
         sampling.make_sample_function(pipeline.transport, args.mode, settings, sampling.ImageNoise(0, [], device))
 
     # Draw, and write the grid with the settings beside it.
     with options.user_errors(parser):
-        images, calls = sampling.generate(pipeline, labels * args.samples_per_class, batch_size=args.batch_size, **how)
+        images, counts = sampling.generate(pipeline, labels * args.samples_per_class, batch_size=args.batch_size, **how)
     columns = args.columns or (len(labels) if args.samples_per_class > 1 else max(4, math.ceil(math.sqrt(len(labels)))))
     sampling.save_grid(images, args.output, min(columns, len(images)))
-    description = sampling.describe(pipeline, **how, calls=calls)
+    description = sampling.describe(pipeline, **how) | counts
     sampling.save_description(
         {
             **description,

@@ -1,6 +1,7 @@
 """From a checkpoint to images: what sample.py, train.py and every later script that draws samples share."""
 
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -15,10 +16,16 @@ import download
 import latents
 import options
 from models import SiT, SiT_models
-from transport import Sampler, Transport, create_transport
+from transport import FIXED_STEP_ODE_METHODS, SDE_METHODS, Sampler, Transport, create_transport
 
 # The classes of the official sample.py: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox.
 SHOWN_IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+COUNTS = ("network_calls_per_image", "network_evaluations_per_image")
+WHOLE = (0.0, 1.0)  # all times
+ADAPTIVE_GROUP = 64  # images
+LABEL_STREAM = 1 << 32  # beyond the number of any image, whose noise is drawn from (seed, number)
 
 
 @dataclasses.dataclass
@@ -75,6 +82,8 @@ def add_guidance_flags(parser):
         "S",
         "classifier-free guidance scale; 1 is none (default: 4, or 1 for a model without a null class)",
     )
+    interval = "guide at times in [LO, HI] alone, of which 0 is noise and 1 data (default: 0 1)"
+    add("--cfg-interval", options.number(0, closed=1), ("LO", "HI"), interval, nargs=2)
     add(
         "--guided-channels",
         lambda text: text if text == "all" else options.integer(1)(text),
@@ -171,6 +180,22 @@ def default_labels(num_classes):
     return SHOWN_IMAGENET_CLASSES if num_classes == 1000 else list(range(min(num_classes, 10)))
 
 
+def draw_labels(count, num_classes, seed, balanced):
+    """(count,) int64 class labels: uniform at random, label i by the seed and i alone; or each class in turn."""
+    if balanced:
+        return np.arange(count) % num_classes
+    return np.random.default_rng([seed, LABEL_STREAM]).integers(0, num_classes, count)
+
+
+def weights_digest(model):
+    """SHA-256 of a model's weights, by which two runs can tell whether they draw from the same."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
 def check_labels(labels, num_classes):
     """Raise ValueError for a label that is no class of the model."""
     for label in labels:
@@ -192,19 +217,35 @@ def resolve_cfg_scale(cfg_scale, model):
     return cfg_scale
 
 
-def guide(model, cfg_scale, guided_channels):
+def resolve_cfg_interval(interval, cfg_scale):
+    """(low, high), the times between which there is guidance: all unless given. Raises ValueError."""
+    if interval is None:
+        return WHOLE
+    if cfg_scale == 1:
+        raise ValueError("--cfg-interval has no effect with --cfg-scale 1, which is no guidance")
+    if not interval[0] < interval[1]:
+        raise ValueError(f"--cfg-interval {interval[0]:g} {interval[1]:g} is empty: LO must lie below HI")
+    return tuple(interval)
+
+
+def guide(model, cfg_scale, guided_channels, interval=WHOLE):
     """The model as a function (x, t, y) with classifier-free guidance; with scale 1, the model itself.
 
-    The unconditional half is added here, so that samplers see a batch of N, not 2N.
+    The unconditional half is added here, so that samplers see a batch of N, not 2N. It is computed for times in the
+    `interval` (low, high) alone, outside of which there is no guidance (Kynkäänniemi et al. 2024). All times of a call
+    are the same. The function's attribute `evaluations` counts the halves that were computed.
     """
-    if cfg_scale == 1:
-        return model
 
     def guided_model(x, t, y):
+        if cfg_scale == 1 or (interval != WHOLE and not interval[0] <= t[0].item() <= interval[1]):
+            guided_model.evaluations += 1
+            return model(x, t, y)
+        guided_model.evaluations += 2
         null = torch.full_like(y, model.num_classes)
         doubled = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         return model.forward_with_cfg(*doubled, cfg_scale, guided_channels)[: len(x)]
 
+    guided_model.evaluations = 0
     return guided_model
 
 
@@ -212,9 +253,8 @@ class ImageNoise:
     """Standard normal noise for images by their index: row i depends on (seed, index i) alone, on any device.
 
     Each image has a stream of its own, from which `draw` and `randn_like` take turn by turn, so the noise that an image
-    gets depends neither on the batch it is in nor on the number of processes. (With an adaptive ODE method the image
-    still depends on the batch, within the tolerances: the solver has one step size for all of it.) Drawn on the CPU,
-    where it is the same on every machine.
+    gets depends neither on the batch it is in nor on the number of processes. Drawn on the CPU, where it is the same on
+    every machine.
     """
 
     def __init__(self, seed, indices, device):
@@ -238,47 +278,78 @@ def make_sample_function(transport, mode, settings, noise):
     return Sampler(transport).sample_sde(**settings, randn_like=noise.randn_like)
 
 
+def solver_group(settings, batch_size):
+    """How many images are solved for together, those of consecutive numbers.
+
+    Methods that adapt have one step size for all of them, so the number is fixed: else an image would depend on the
+    size of the batch that it is in. The network still gets them in batches.
+    """
+    adapts = settings["sampling_method"] not in (*FIXED_STEP_ODE_METHODS, *SDE_METHODS)
+    return ADAPTIVE_GROUP if adapts else batch_size
+
+
+def in_batches(model, batch_size, bar):
+    """A function (x, t, y) that calls one of the kind batch by batch, tells the bar, and counts its calls: `calls`."""
+
+    def batched_model(x, t, y):
+        batched_model.calls += 1
+        bar.update()
+        batches = zip(x.split(batch_size), t.split(batch_size), y.split(batch_size), strict=True)
+        return torch.cat([model(*batch) for batch in batches])
+
+    batched_model.calls = 0
+    return batched_model
+
+
 @torch.no_grad()
-def generate(pipeline, labels, *, mode, settings, cfg_scale, seed, first_index=0, batch_size=64, show_progress=True):
+def generate(
+    pipeline,
+    labels,
+    *,
+    mode,
+    settings,
+    cfg_scale,
+    seed,
+    cfg_interval=WHOLE,
+    first_index=0,
+    batch_size=64,
+    show_progress=True,
+):
     """Draw one image per label.
 
     Args:
         labels: N class labels; image i of the call has the index first_index + i, which decides its noise.
         mode, settings: as from `options.solver_settings`.
-        cfg_scale: guidance scale.
-        batch_size: images at a time.
+        cfg_scale, cfg_interval: guidance scale, and the times between which there is guidance.
+        batch_size: images that the network gets at a time.
         show_progress: a bar of network calls, on a terminal.
 
     Returns:
-        (images, calls): uint8 (N, H, W, C) on the CPU, and the number of network calls per image, the most that any
-        batch took.
+        (images, counts): uint8 (N, H, W, C) on the CPU; and {'network_calls_per_image',
+        'network_evaluations_per_image'}, a guided call being two evaluations: the most that any batch took.
     """
     model, device = pipeline.model, pipeline.device
     shape = (model.in_channels, model.input_size, model.input_size)
-    guided_model = guide(model, cfg_scale, pipeline.guided_channels)
-    images, most_calls = [], 0
-    starts = range(0, len(labels), batch_size)
+    images, most_calls, most_evaluations = [], 0, 0
+    group = solver_group(settings, batch_size)
+    starts = range(0, len(labels), group)
     calls_per_batch = make_sample_function(
         pipeline.transport, mode, settings, ImageNoise(seed, [], device)
     ).network_calls
     total = None if calls_per_batch is None else calls_per_batch * len(starts)
     with tqdm(total=total, unit=" network calls", leave=False, disable=None if show_progress else True) as bar:
         for start in starts:
-            y = torch.tensor(labels[start : start + batch_size], device=device)
+            y = torch.tensor(labels[start : start + group], device=device)
             noise = ImageNoise(seed, range(first_index + start, first_index + start + len(y)), device)
             sample = make_sample_function(pipeline.transport, mode, settings, noise)
-            calls = 0
-
-            def counted_model(x, t, y):
-                nonlocal calls
-                calls += 1
-                bar.update()
-                return guided_model(x, t, y)
-
-            x = sample(noise.draw(shape), counted_model, y=y)[-1]
-            images.append(to_uint8(pipeline.space.decode(x)))
-            most_calls = max(most_calls, calls)
-    return torch.cat(images), most_calls
+            guided_model = guide(model, cfg_scale, pipeline.guided_channels, cfg_interval)
+            batched_model = in_batches(guided_model, batch_size, bar)
+            x = sample(noise.draw(shape), batched_model, y=y)[-1]
+            images += [to_uint8(pipeline.space.decode(part)) for part in x.split(batch_size)]
+            most_calls = max(most_calls, batched_model.calls)
+            batches = math.ceil(len(y) / batch_size)
+            most_evaluations = max(most_evaluations, guided_model.evaluations // batches)
+    return torch.cat(images), dict(zip(COUNTS, (most_calls, most_evaluations), strict=True))
 
 
 def to_uint8(images):
@@ -305,14 +376,14 @@ def save_grid(images, path, columns, min_side=64):
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
-def describe(pipeline, *, mode, settings, cfg_scale, seed, calls):
+def describe(pipeline, *, mode, settings, cfg_scale, seed, cfg_interval=WHOLE):
     """What was done to make samples, as plain data: without it, figures of two runs cannot be compared."""
     guided_channels = pipeline.guided_channels or pipeline.model.in_channels
     return {
         "mode": mode,
         **settings,
-        "network_calls_per_image": calls,
         "cfg_scale": cfg_scale,
+        "cfg_interval": list(cfg_interval) if cfg_scale != 1 else None,
         "guided_channels": min(guided_channels, pipeline.model.in_channels) if cfg_scale != 1 else 0,
         "channels": pipeline.model.in_channels,
         "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
@@ -324,14 +395,16 @@ def describe(pipeline, *, mode, settings, cfg_scale, seed, calls):
 
 
 def summary(description):
-    """One line for people from what `describe` returns."""
+    """One line for people from what `describe` returns and what `generate` counted."""
     d = description
-    guidance = (
-        f"guidance {d['cfg_scale']:g} on {d['guided_channels']} of {d['channels']} channels (two evaluations a call)"
-    )
+    guidance = "no guidance"
+    if d["cfg_scale"] != 1:
+        low, high = d["cfg_interval"]
+        where = "" if (low, high) == WHOLE else f" for t in [{low:g}, {high:g}]"
+        guidance = f"guidance {d['cfg_scale']:g} on {d['guided_channels']} of {d['channels']} channels{where}"
     return (
-        f"{d['mode']} {d['sampling_method']}, {d['network_calls_per_image']} network calls per image, "
-        f"{guidance if d['cfg_scale'] != 1 else 'no guidance'}, {d['precision']}"
+        f"{d['mode']} {d['sampling_method']}, {d['network_calls_per_image']} network calls per image "
+        f"({d['network_evaluations_per_image']} evaluations), {guidance}, {d['precision']}"
     )
 
 

@@ -122,6 +122,11 @@ SAMPLE_MISTAKES = [
     (["SDE", "--atol", "1e-5"], "--atol has no effect on SDE"),
     (["ODE", "--diffusion-form", "sigma"], "--diffusion-form has no effect on ODE"),
     (["--num-sampling-steps", "1"], "must be an integer of 2 or more"),
+    (["--time-shift", "2"], "--time-shift has no effect on dopri5"),
+    (["--cfg-interval", "0.2"], "expected 2 arguments"),
+    (["--cfg-interval", "0.5", "1.5"], "must be a number in [0, 1]"),
+    (["--cfg-interval", "0.5", "0.5"], "LO must lie below HI"),
+    (["--cfg-interval", "0", "0.5", "--cfg-scale", "1"], "no effect with --cfg-scale 1"),
     (["--class-labels", "3", "10"], "class label 10 is out of range: the model has 10 classes, 0 to 9"),
     (["--class-labels", "-1"], "must be an integer of 0 or more"),
     (["--class-labels", "cat"], "must be an integer of 0 or more"),
@@ -211,7 +216,7 @@ def test_the_official_command_lines_parse():
     shared += "--seed 0 --ckpt x.pt --path-type GVP --prediction noise --loss-weight None --sample-eps 0 --train-eps 0"
     ode = parser.parse_args(f"ODE {shared} --sampling-method dopri5 --atol 1e-6 --rtol 1e-3 --reverse".split())
     assert options.solver_settings(ode) == dict(
-        sampling_method="dopri5", atol=1e-6, rtol=1e-3, reverse=True, num_steps=250
+        sampling_method="dopri5", atol=1e-6, rtol=1e-3, reverse=True, num_steps=250, time_shift=1.0
     )
     sde = "--sampling-method Heun --diffusion-form increasing-decreasing --diffusion-norm 1.0 --last-step None"
     sde = parser.parse_args(f"SDE {shared} {sde} --last-step-size 0.04".split())
@@ -222,4 +227,5 @@ def test_the_official_command_lines_parse():
         last_step=None,
         last_step_size=0.04,
         num_steps=250,
+        time_shift=1.0,
     )

@@ -67,9 +67,15 @@ def test_an_image_depends_on_seed_and_index_alone(pipeline, mode, settings):
 
 
 def test_network_calls_are_counted(pipeline):
-    assert generate(pipeline, [0, 1])[1] == 3
-    assert generate(pipeline, [0, 1], settings={**EULER, "sampling_method": "rk4"}, batch_size=1)[1] == 12
-    assert generate(pipeline, [0], "SDE", SDE)[1] == 4
+    def counts(*arguments, **more):
+        return tuple(generate(pipeline, *arguments, **more)[1].values())
+
+    assert counts([0, 1]) == (3, 6)
+    assert counts([0, 1], cfg_scale=1.0) == (3, 3)
+    assert counts([0, 1], settings={**EULER, "sampling_method": "rk4"}, batch_size=1) == (12, 24)
+    assert counts([0], "SDE", SDE) == (4, 8)
+    # Times 0, 1/3 and 2/3: one of the three lies inside.
+    assert counts([0, 1], cfg_interval=(0.3, 0.6), batch_size=1) == (3, 4)
 
 
 def test_guidance_equals_its_formula_and_scale_one_runs_no_unconditional_half(pipeline):
@@ -84,7 +90,12 @@ def test_guidance_equals_its_formula_and_scale_one_runs_no_unconditional_half(pi
         torch.testing.assert_close(sampling.guide(model, 3.0, None)(x, t, y), expected, atol=1e-5, rtol=1e-5)
         expected[:, 3:] = conditional[:, 3:]
         torch.testing.assert_close(sampling.guide(model, 3.0, 3)(x, t, y), expected, atol=1e-5, rtol=1e-5)
-    assert sampling.guide(model, 1.0, None) is model
+        torch.testing.assert_close(sampling.guide(model, 1.0, None)(x, t, y), conditional)
+        inside, outside = (sampling.guide(model, 3.0, None, interval) for interval in ((0.2, 0.4), (0.4, 1.0)))
+        t = torch.full((3,), 0.3)
+        torch.testing.assert_close(inside(x, t, y), sampling.guide(model, 3.0, None)(x, t, y))
+        torch.testing.assert_close(outside(x, t, y), model(x, t, y))
+        assert (inside.evaluations, outside.evaluations) == (2, 1)
 
 
 def test_noise_is_standard_normal_and_each_image_has_its_own():

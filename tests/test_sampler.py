@@ -127,6 +127,24 @@ def test_fixed_step_methods_reach_their_order(method, order, reverse):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
 
 
+@pytest.mark.parametrize("kind", ["ode", "reverse", "sde"])
+def test_a_time_shift_moves_the_grid_to_the_noise(kind):
+    """Shift 3 takes the noise levels 1 - u to 3 (1 - u) / (1 + 2 (1 - u)), and the ends stay."""
+    transport = create_transport(sample_eps=0.1)
+    network = GaussianNetwork(transport)
+    if kind == "sde":
+        sample = Sampler(transport).sample_sde(num_steps=6, time_shift=3.0, last_step=None)
+    else:
+        sample = Sampler(transport).sample_ode(
+            sampling_method="euler", num_steps=6, time_shift=3.0, reverse=kind == "reverse"
+        )
+    sample(torch.randn(2, 3, dtype=torch.float64), network)
+    level = 1 - torch.linspace(0, 1, 6, dtype=torch.float64)
+    times = 0.1 + 0.8 * (1 - 3 * level / (1 + 2 * level))
+    expected = times.flip(0)[:-1] if kind == "reverse" else times[:-1]
+    torch.testing.assert_close(torch.stack(network.times)[:, 0], expected)
+
+
 @pytest.mark.parametrize("method", FIXED_STEP_ODE_METHODS)
 def test_ode_network_calls_are_as_announced(method):
     transport = create_transport()

@@ -5,13 +5,15 @@ loss = transport.training_losses(model, x1, dict(y=y))["loss"].mean()
 images = Sampler(transport).sample_ode()(noise, model, y=y)[-1]
 """
 
-from .integrators import ODE_METHODS, SDE_METHODS
+from .integrators import ADAPTIVE_ODE_METHODS, FIXED_STEP_ODE_METHODS, ODE_METHODS, SDE_METHODS
 from .path import DIFFUSION_FORMS, PATHS, check_choice
 from .sampler import LAST_STEPS, Sampler
 from .transport import LOSS_WEIGHTS, PREDICTIONS, Transport, logit_normal
 
 __all__ = [
+    "ADAPTIVE_ODE_METHODS",
     "DIFFUSION_FORMS",
+    "FIXED_STEP_ODE_METHODS",
     "LAST_STEPS",
     "LOSS_WEIGHTS",
     "ODE_METHODS",

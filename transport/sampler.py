@@ -24,7 +24,15 @@ class Sampler:
         self.transport = transport
 
     def sample_ode(
-        self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3, reverse=False, trajectory=False
+        self,
+        *,
+        sampling_method="dopri5",
+        num_steps=50,
+        atol=1e-6,
+        rtol=1e-3,
+        reverse=False,
+        time_shift=1.0,
+        trajectory=False,
     ):
         """Sample by the probability-flow ODE dx/dt = velocity(x, t).
 
@@ -34,6 +42,7 @@ class Sampler:
             atol, rtol: tolerances of the adaptive methods. The error is measured as its root mean square over the whole
                 batch, so their steps, and within the tolerances the result, depend on what else is in the batch.
             reverse: integrate from data to noise, over the same interval.
+            time_shift: above 1, put more of the fixed-step methods' points where there is noise; see `shifted`.
             trajectory: keep every time point, not the end state alone.
 
         Returns:
@@ -41,7 +50,7 @@ class Sampler:
             the first being x. `fn(...)[-1]` is the end state either way.
         """
         check_choice("sampling method", sampling_method, ODE_METHODS)
-        _check_num_steps(num_steps)
+        _check_grid(num_steps, time_shift)
         t0, t1 = self.transport.ode_interval()
         self._check_regular(t0, t1)
 
@@ -51,7 +60,8 @@ class Sampler:
                 t = _per_sample(t, x)
                 return self.transport.velocity(model(x, t, **model_kwargs), x, t)
 
-            times = _time_grid(t1, t0, num_steps, x) if reverse else _time_grid(t0, t1, num_steps, x)
+            times = _time_grid(t0, t1, num_steps, x, time_shift)
+            times = times.flip(0) if reverse else times
             states = ode_integrate(
                 velocity, x, times, method=sampling_method, atol=atol, rtol=rtol, trajectory=trajectory
             )
@@ -69,6 +79,7 @@ class Sampler:
         last_step="Mean",
         last_step_size=0.04,
         num_steps=250,
+        time_shift=1.0,
         trajectory=False,
         randn_like=torch.randn_like,
     ):
@@ -83,6 +94,7 @@ class Sampler:
             last_step_size: in (0, 1); of no effect without a last step. A larger `sample_eps` that was given takes its
                 place.
             num_steps: time points of the SDE; the last step comes on top.
+            time_shift: above 1, put more of them where there is noise; see `shifted`.
             trajectory: keep every state, not the end state alone.
             randn_like: draws the noise of a step in the shape of its argument.
 
@@ -93,7 +105,7 @@ class Sampler:
         check_choice("sampling method", sampling_method, tuple(SDE_METHODS))
         check_choice("diffusion form", diffusion_form, DIFFUSION_FORMS)
         check_choice("last step", last_step, LAST_STEPS)
-        _check_num_steps(num_steps)
+        _check_grid(num_steps, time_shift)
         if not 0 <= diffusion_norm < math.inf:
             raise ValueError(f"diffusion norm must be a number of 0 or more, not {diffusion_norm}")
         if last_step is not None and not 0 < last_step_size < 1:
@@ -116,7 +128,7 @@ class Sampler:
                 velocity = transport.velocity(output, x, t_batch)
                 return velocity + diffusion(t).to(x.dtype) * transport.score(output, x, t_batch)
 
-            times = _time_grid(t0, t1, num_steps, x)
+            times = _time_grid(t0, t1, num_steps, x, time_shift)
             states = [x]
 
             def keep(state):
@@ -159,7 +171,7 @@ class Sampler:
             model whose parameters were not made in it); the result carries no gradient.
         """
         check_choice("sampling method", sampling_method, ODE_METHODS)
-        _check_num_steps(num_steps)
+        _check_grid(num_steps)
         t0, t1 = self.transport.ode_interval()
         self._check_regular(t0, t1)
 
@@ -183,7 +195,7 @@ class Sampler:
             z, change = ode_integrate(
                 velocity_and_divergence,
                 (x, x.new_zeros(len(x))),
-                _time_grid(t1, t0, num_steps, x),
+                _time_grid(t0, t1, num_steps, x).flip(0),
                 method=sampling_method,
                 atol=atol,
                 rtol=rtol,
@@ -212,7 +224,9 @@ class Sampler:
                 )
 
 
-def _check_num_steps(num_steps):
+def _check_grid(num_steps, time_shift=1.0):
+    if not 0 < time_shift < math.inf:
+        raise ValueError(f"time_shift must be a number above 0, not {time_shift}")
     if num_steps < 2 or num_steps != int(num_steps):
         raise ValueError(f"num_steps counts both ends of the interval: an integer of 2 or more, not {num_steps}")
 
@@ -222,10 +236,22 @@ def _ode_network_calls(sampling_method, num_steps):
     return None if calls_per_step is None else calls_per_step * (num_steps - 1)
 
 
-def _time_grid(start, end, num_steps, x):
-    """Evenly spaced times (num_steps,) on x's device, in double precision where the device has it."""
+def shifted(u, shift):
+    """Map u in [0, 1] to itself, points moved to the noise by a shift above 1: u / (u + shift (1 - u)).
+
+    Larger images hide less of themselves in the same noise, so a grid for them begins slower; the noise level 1 - u
+    goes to shift (1 - u) / (1 + (shift - 1) (1 - u)) (Esser et al. 2024, eq. 23).
+    """
+    return u / (u + shift * (1 - u))
+
+
+def _time_grid(t0, t1, num_steps, x, shift=1.0):
+    """Times (num_steps,) from t0 to t1, even but for the shift, in double precision where x's device has it."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    return torch.linspace(start, end, num_steps, dtype=dtype, device=x.device)
+    times = torch.linspace(t0, t1, num_steps, dtype=dtype, device=x.device)
+    if shift != 1:
+        times[1:-1] = t0 + (t1 - t0) * shifted((times[1:-1] - t0) / (t1 - t0), shift)
+    return times
 
 
 def _per_sample(t, x):
