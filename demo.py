@@ -15,6 +15,7 @@ from sklearn.svm import SVC
 
 import data
 import distributed
+import metrics
 import options
 import sampling
 
@@ -40,31 +41,19 @@ def to_features(images):
     return images.flatten(1).numpy().astype(np.float64) / 255
 
 
-def frechet_distance(x, y):
-    """Fréchet distance between Gaussians fitted to the rows of x (N, D) and y (M, D) (Heusel et al. 2017).
-
-    |mean_x - mean_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^(1/2). The last trace is the sum of the singular values of
-    A_x^T A_y for any A with S = A A^T; the centred rows, scaled, are such an A. It needs no square root of a matrix,
-    and is exact for singular covariances. 0 for equal sets.
-    """
-    centred_x, centred_y = (z - z.mean(0) for z in (x, y))
-    centred_x, centred_y = centred_x / np.sqrt(len(x) - 1), centred_y / np.sqrt(len(y) - 1)
-    cross = np.linalg.svd(centred_x @ centred_y.T, compute_uv=False).sum()
-    return ((x.mean(0) - y.mean(0)) ** 2).sum() + (centred_x**2).sum() + (centred_y**2).sum() - 2 * cross
-
-
 def judge(images, labels):
     """The figures of the module's head for uint8 images (N, 8, 8, 1) of the classes `labels` (N,)."""
     samples = to_features(images)
     (real, real_labels), (held_out, held_out_labels) = split_digits()
     classifier = SVC().fit(real, real_labels)
     centres = np.stack([real[real_labels == c].mean(0) for c in range(10)])
+    of_real = metrics.moments(real)
     return {
         "recognised": float((classifier.predict(samples) == labels).mean()),
         "recognised_real": float((classifier.predict(held_out) == held_out_labels).mean()),
-        "fd_pixels": float(frechet_distance(samples, real)),
-        "fd_pixels_real": float(frechet_distance(held_out, real)),
-        "fd_pixels_collapsed": float(frechet_distance(centres[held_out_labels], real)),
+        "fd_pixels": metrics.frechet_distance(*metrics.moments(samples), *of_real),
+        "fd_pixels_real": metrics.frechet_distance(*metrics.moments(held_out), *of_real),
+        "fd_pixels_collapsed": metrics.frechet_distance(*metrics.moments(centres[held_out_labels]), *of_real),
     }
 
 

@@ -9,21 +9,23 @@ from huggingface_hub import constants
 TIMEOUT_SECONDS = 10
 
 
-def require(what):
+def require(what, url=None):
     """Raise ValueError if the hub cannot be reached: its client would retry for half a minute and then say less.
 
     Args:
         what: what is wanted from there, for the message.
+        url: where it is, if not on the hub.
     """
+    url = url or constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"cannot fetch {what}: HF_HUB_OFFLINE is set, and it is not in the cache")
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=TIMEOUT_SECONDS)
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError:
         return  # an answer, if not a friendly one: the request proper will tell
     except OSError as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"cannot fetch {what}: {constants.ENDPOINT} cannot be reached ({reason})") from error
+        raise ValueError(f"cannot fetch {what}: {url} cannot be reached ({reason})") from error
 
 
 def list_files(repository):

@@ -1,0 +1,283 @@
+"""FID, sFID, Inception Score, precision and recall of samples, by the protocol of ADM's evaluation suite.
+
+    python evaluate.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py digits.npz --reference digits-folder --features pixels
+
+Both are an .npz with arr_0 (uint8, N x H x W x C) or a folder of images; the reference may hold precomputed statistics
+(mu, sigma, mu_s, sigma_s), as ADM's do. The network is torch-fidelity's Inception of 2015, with TensorFlow's resizing.
+Precision and recall are taken in float32; ADM's suite compares distances in float16, which moves them by some points
+and depends on the machine.
+"""
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import distributed
+import files
+import hub
+import metrics
+import options
+
+WEIGHTS_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+WEIGHTS_SHA256_PREFIX = "6726825d"  # which the file's name states
+COMPARABLE_SAMPLES = 50_000
+MOST_REFERENCES = 10_000  # for precision and recall
+SPATIAL_CHANNELS = 7
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+
+
+def build_parser():
+    parser = options.Parser(description="FID, sFID, Inception Score, precision and recall, as ADM's suite has them.")
+    parser.add_argument("samples", type=pathlib.Path, help=".npz with arr_0, or a folder of images")
+    add = options.flag_group(parser, "evaluation")
+    reference = ".npz with arr_0 or with statistics (mu, sigma, mu_s, sigma_s), or a folder of images"
+    add("--reference", pathlib.Path, "PATH", reference, required=True)
+    features = "inception, or pixels for small images that Inception says nothing about: their own figure, fd_pixels"
+    add("--features", options.one_of("inception", "pixels"), "inception|pixels", features, default="inception")
+    weights = "Inception's weights in torch-fidelity's layout (default: download them once)"
+    add("--inception-weights", pathlib.Path, "FILE.pth", weights)
+    add("--batch-size", options.integer(1), "N", "images at a time", default=64)
+    add("--json", pathlib.Path, "FILE.json", "write figures and settings there")
+    return parser
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    with options.user_errors(parser):
+        samples, reference = ImageBatches(args.samples), ImageBatches(args.reference, may_be_statistics=True)
+        if args.json is not None and not args.json.parent.is_dir():
+            raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+        if args.features == "pixels" and args.inception_weights is not None:
+            raise ValueError("--inception-weights has no effect with --features pixels")
+        evaluate = evaluate_pixels if args.features == "pixels" else evaluate_inception
+        figures, caveats = evaluate(samples, reference, args)
+    figures |= {
+        "n_samples": len(samples),
+        "n_reference": len(reference) or None,
+        "reference_sha256": files.sha256(args.reference) if args.reference.is_file() else None,
+        "settings": {key: str(value) for key, value in vars(args).items() if value is not None},
+    }
+    for key in ("fid", "sfid", "inception_score", "precision", "recall", "fd_pixels", "fd_pixels_floor"):
+        if key in figures:
+            value = figures[key]
+            print(f"{key:16} {'needs images in the reference' if value is None else f'{value:.4f}'}")
+    print(f"{len(samples)} samples; {len(reference) or 'statistics, no'} reference images")
+    if caveats:
+        print(f"not comparable with published figures: {'; '.join(caveats)}")
+    if args.json is not None:
+        with files.written_whole(args.json) as partial:
+            partial.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+class ImageBatches:
+    """uint8 images (N, H, W, C) of an .npz or a folder, read batch by batch.
+
+    Args:
+        path: the .npz, with the images in arr_0, or a folder of images of one size.
+        may_be_statistics: an .npz may hold `STATISTICS` in place of images, or beside them: see `statistics`.
+
+    Raises:
+        ValueError: nothing of the kind is there.
+    """
+
+    def __init__(self, path, may_be_statistics=False):
+        self.path = path
+        self.statistics = {}
+        self.paths = None
+        try:
+            if path.is_dir():
+                self.paths = sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in IMAGE_SUFFIXES)
+                if not self.paths:
+                    raise ValueError("the folder holds no images")
+                self.shape = (len(self.paths), *self._read(self.paths[0]).shape)
+            elif not path.is_file():
+                raise ValueError("no such file or folder")
+            else:
+                self._open_npz(may_be_statistics)
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split()) or 'it is damaged'}") from error
+
+    def _open_npz(self, may_be_statistics):
+        with np.load(self.path, allow_pickle=False) as content:
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise ValueError("it is no .npz")
+            names = set(content.files)
+            if may_be_statistics and names & set(STATISTICS):
+                missing = set(STATISTICS) - names
+                if missing:
+                    raise ValueError(f"the statistics {', '.join(sorted(missing))} are missing")
+                self.statistics = {key: np.asarray(content[key], dtype=np.float64) for key in STATISTICS}
+                for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+                    size = self.statistics[mean].shape[0]
+                    if self.statistics[covariance].shape != (size, size):
+                        raise ValueError(f"{covariance} is not square of the size of {mean}")
+        if "arr_0" in names:
+            with self._stream() as (shape, _):
+                self.shape = shape
+        elif self.statistics:
+            self.shape = (0,)
+        else:
+            kinds = "arr_0 or statistics" if may_be_statistics else "arr_0"
+            raise ValueError(f"it holds no {kinds}, but {', '.join(sorted(names)) or 'nothing'}")
+
+    @contextlib.contextmanager
+    def _stream(self):
+        """(shape of arr_0, the open file behind its header)."""
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+            shape, fortran_order, dtype = read_header[min(version[0], 2)](file)
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order:
+                raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3) or (N, H, W, 1)")
+            yield shape, file
+
+    def _read(self, path):
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")).reshape(*image.size[::-1], -1)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def batches(self, size, most=None):
+        """Arrays (up to `size`, H, W, C) of the first `most` images. Raises ValueError where the file is damaged."""
+        count = len(self) if most is None else min(most, len(self))
+        try:
+            if self.paths is not None:
+                for start in range(0, count, size):
+                    images = [self._read(path) for path in self.paths[start : min(start + size, count)]]
+                    if any(image.shape != self.shape[1:] for image in images):
+                        raise ValueError(f"not all images are of the size {self.shape[1:]} of the first")
+                    yield np.stack(images)
+                return
+            with self._stream() as (_, file):
+                for start in range(0, count, size):
+                    rows = min(size, count - start)
+                    content = file.read(rows * int(np.prod(self.shape[1:])))
+                    yield np.frombuffer(content, np.uint8).reshape(rows, *self.shape[1:])
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:
+            raise ValueError(f"{self.path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def evaluate_pixels(samples, reference, args):
+    """({'fd_pixels', 'fd_pixels_floor'}, caveats): Fréchet distances of pixels in [0, 1], the second real to real."""
+    if reference.statistics or samples.shape[1:] != reference.shape[1:]:
+        there = "statistics" if reference.statistics else f"images of {reference.shape[1:]}"
+        raise ValueError(f"--features pixels: samples are {samples.shape[1:]}, and the reference holds {there}")
+    dimensions = int(np.prod(samples.shape[1:]))
+    if dimensions > 4096:
+        raise ValueError(f"--features pixels is for small images of 4096 numbers or less; these have {dimensions}")
+    of_samples, of_reference, *halves = (metrics.Moments(dimensions) for _ in range(4))
+    for batch in samples.batches(args.batch_size):
+        of_samples.add(batch.reshape(len(batch), -1) / 255)
+    row = 0
+    for batch in reference.batches(args.batch_size):
+        rows = batch.reshape(len(batch), -1) / 255
+        of_reference.add(rows)
+        for parity, half in enumerate(halves):
+            half.add(rows[(row + parity) % 2 :: 2])
+        row += len(rows)
+    figures = {
+        "fd_pixels": metrics.frechet_distance(*of_samples.result(), *of_reference.result()),
+        "fd_pixels_floor": metrics.frechet_distance(*halves[0].result(), *halves[1].result()),
+    }
+    return figures, ["fd_pixels is a figure of this project; its floor is that of the reference's odd to even images"]
+
+
+def evaluate_inception(samples, reference, args):
+    """The figures of ADM's suite as a dict, and why they would not be comparable."""
+    device = distributed.init()
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    network, sha256 = load_inception(args.inception_weights, device)
+    verified = sha256.startswith(WEIGHTS_SHA256_PREFIX)
+    if reference.statistics:
+        s = reference.statistics
+        of_reference, spatial_of_reference = (s["mu"], s["sigma"]), (s["mu_s"], s["sigma_s"])
+        pool = features(network, reference, args.batch_size, device, MOST_REFERENCES)[0] if len(reference) else None
+    else:
+        pool, _, of_reference, spatial_of_reference = features(network, reference, args.batch_size, device)
+        pool = pool[:MOST_REFERENCES]
+    sample_pool, logits, of_samples, spatial_of_samples = features(network, samples, args.batch_size, device)
+    if len(of_reference[0]) != len(of_samples[0]) or len(spatial_of_reference[0]) != len(spatial_of_samples[0]):
+        raise ValueError(f"{reference.path}: its statistics are of {len(of_reference[0])} features, not Inception's")
+    precision, recall = (None, None) if pool is None else metrics.precision_and_recall(pool, sample_pool)
+    figures = {
+        "fid": metrics.frechet_distance(*of_samples, *of_reference),
+        "sfid": metrics.frechet_distance(*spatial_of_samples, *spatial_of_reference),
+        "inception_score": metrics.inception_score(logits),
+        "precision": precision,
+        "recall": recall,
+        "weights_sha256": sha256,
+        "weights_verified": verified,
+    }
+    caveats = [] if verified else ["Inception's weights are not the published ones"]
+    if len(samples) < COMPARABLE_SAMPLES:
+        caveats.append(f"{len(samples)} samples, and they are of {COMPARABLE_SAMPLES}")
+    return figures, caveats
+
+
+def load_inception(path, device):
+    """(torch-fidelity's Inception, SHA-256 of its weights). Raises ValueError where there are none."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    if path is None:
+        path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
+        if not path.is_file():
+            hub.require("Inception's weights", WEIGHTS_URL)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256_PREFIX)
+    if not path.is_file():
+        raise ValueError(f"--inception-weights {path}: no such file")
+    try:
+        # Read as tensors and nothing else, and handed on from memory: the library itself would unpickle anything.
+        safe = io.BytesIO()
+        torch.save(torch.load(path, map_location="cpu", weights_only=True), safe)
+        safe.seek(0)
+        with contextlib.redirect_stdout(sys.stderr):
+            network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], safe)
+    except Exception as error:  # unpickling what is no pickle fails in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--inception-weights {path} are not weights of this Inception: {reason}") from error
+    return network.to(device), files.sha256(path)
+
+
+@torch.no_grad()
+def features(network, images, batch_size, device, most=None):
+    """(pool features (N, 2048) float32, logits (N, 1008), moments of the pool features, moments of the spatial ones).
+
+    The spatial features of sFID are the first seven channels of a 1x1 branch, 17 x 17 x 7, row by row.
+    """
+    spatial = []
+    hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: spatial.append(output))
+    pools, logits = [], []
+    pool_moments, spatial_moments = metrics.Moments(2048), metrics.Moments(17 * 17 * SPATIAL_CHANNELS)
+    total = len(images) if most is None else min(most, len(images))
+    with tqdm(total=total, unit=" images", disable=None) as bar:
+        for batch in images.batches(batch_size, most):
+            x = torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device)
+            pool, unbiased = network(x.expand(-1, 3, -1, -1))
+            corner = spatial.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+            pools.append(pool)
+            logits.append(unbiased)
+            pool_moments.add(pool.cpu())
+            spatial_moments.add(corner.cpu())
+            bar.update(len(batch))
+    hook.remove()
+    return torch.cat(pools), torch.cat(logits), pool_moments.result(), spatial_moments.result()
+
+
+if __name__ == "__main__":
+    main()

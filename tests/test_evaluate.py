@@ -1,0 +1,210 @@
+"""evaluate.py and the figures of metrics.py, held to closed forms and to what ADM's suite printed."""
+
+import json
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import GOLDEN
+from PIL import Image
+from test_options import fail
+
+import evaluate
+import metrics
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def random_orthogonal(rng, size):
+    return np.linalg.qr(rng.standard_normal((size, size)))[0]
+
+
+@pytest.mark.parametrize("rank", [40, 15])
+def test_frechet_distance_of_gaussians_in_closed_form(rank):
+    """Covariances with the same eigenvectors commute: |mean difference|^2 + sum (sqrt a - sqrt b)^2."""
+    rng = np.random.default_rng(0)
+    rotation = random_orthogonal(rng, 40)
+    a, b = rng.uniform(0.1, 3, (2, 40))
+    a[rank:] = 0
+    shift = rng.standard_normal(40)
+    covariances = [rotation @ np.diag(values) @ rotation.T for values in (a, b)]
+    expected = (shift**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert metrics.frechet_distance(shift, covariances[0], 0 * shift, covariances[1]) == pytest.approx(
+        expected, rel=1e-9
+    )
+    assert metrics.frechet_distance(shift, covariances[0], shift, covariances[0]) == pytest.approx(0, abs=1e-8)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """In one plane, of A = R diag(1, 0) R^T and diag(1, 0): tr (A B)^(1/2) = |cos angle|."""
+    angle = 0.7
+    direction = np.array([np.cos(angle), np.sin(angle)])
+    distance = metrics.frechet_distance(np.zeros(2), np.outer(direction, direction), np.zeros(2), np.diag([1.0, 0.0]))
+    assert distance == pytest.approx(2 - 2 * np.cos(angle), rel=1e-9)
+
+
+def test_moments_in_batches_are_numpy_s():
+    rows = np.random.default_rng(0).standard_normal((101, 7)) * 3 + 1000
+    accumulated = metrics.Moments(7)
+    for start in range(0, 101, 13):
+        accumulated.add(rows[start : start + 13].astype(np.float32))
+    mean, covariance = accumulated.result()
+    rows = rows.astype(np.float32).astype(np.float64)
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(rows.T), rtol=1e-10)
+    with pytest.raises(ValueError, match="needs two images or more, not 0"):
+        metrics.Moments(3).result()
+
+
+def test_inception_score_of_known_distributions():
+    certain = 50 * torch.eye(10).repeat(30, 1)  # ten classes, each image certain: the score is 10
+    assert metrics.inception_score(certain) == pytest.approx(10, rel=1e-6)
+    assert metrics.inception_score(torch.zeros(50, 10)) == pytest.approx(1)
+    # Contiguous splits of 5,000, each of one class: nothing varies within a split.
+    assert metrics.inception_score(50 * torch.eye(2).repeat_interleave(5000, 0)) == pytest.approx(1)
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    """Reference 0 ... 9: the ball about each reaches three to its side. Samples 0, 1, 2, 3 and six far away."""
+    reference = torch.arange(10.0)[:, None]
+    samples = torch.cat([torch.arange(4.0), 1000 + 100 * torch.arange(6.0)])[:, None]
+    precision, recall = metrics.precision_and_recall(reference, samples, block=3)
+    assert precision == 0.4
+    # The balls about the samples 0 to 3 reach 3, 2, 2 and 3 far: to 6 and no further; those far away not so far.
+    assert recall == 0.7
+    assert metrics.precision_and_recall(reference, reference) == (1.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- the script
+
+
+def inception_weights(seed):
+    """The weights of golden/evaluator: drawn from `seed`, in the layout of torch-fidelity."""
+    network = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+    weights = network.state_dict()
+    g = torch.Generator().manual_seed(seed + 1)
+    for key, value in weights.items():
+        if key.endswith("conv.weight"):
+            value.copy_(torch.randn(value.shape, generator=g) * (2 / value[0].numel()) ** 0.5)
+        elif key.endswith(("bn.weight", "running_var")):
+            value.copy_(0.7 + 0.6 * torch.rand(value.shape, generator=g))
+        elif key.endswith(("bn.bias", "running_mean")):
+            value.copy_(0.2 * torch.randn(value.shape, generator=g))
+        elif key == "fc.weight":
+            value.copy_(0.06 * torch.randn(value.shape, generator=g))
+        elif key == "fc.bias":
+            value.copy_(torch.randn(value.shape, generator=g))
+    return weights
+
+
+def block_images(count, seed, noise, size=96):
+    """The images of golden/evaluator (count, size, size, 3): blocks of random colour with Gaussian noise on top."""
+    rng = np.random.default_rng(seed)
+    blocks = np.kron(rng.uniform(0, 255, (count, 6, 6, 3)), np.ones((1, size // 6, size // 6, 1)))
+    return np.clip(blocks + rng.normal(0, noise, blocks.shape), 0, 255).astype(np.uint8)
+
+
+def evaluated(monkeypatch, capsys, *words):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(inception_weights(0), path)
+    return path
+
+
+def test_adm_s_figures(weights_file, tmp_path, monkeypatch, capsys):
+    expected = json.loads((GOLDEN / "evaluator.json").read_text())
+    np.savez(tmp_path / "reference.npz", arr_0=block_images(96, 1, 30))
+    np.savez_compressed(tmp_path / "sample.npz", arr_0=block_images(128, 2, 40), arr_1=np.arange(128))
+    files = [tmp_path / "sample.npz", "--reference", tmp_path / "reference.npz", "--json", tmp_path / "out.json"]
+    out = evaluated(monkeypatch, capsys, *files, "--inception-weights", weights_file, "--batch-size", 48)
+    figures = json.loads((tmp_path / "out.json").read_text())
+    for key in ("fid", "sfid", "inception_score"):
+        assert figures[key] == pytest.approx(expected[key], rel=1e-4)
+    for key in ("precision", "recall"):
+        assert figures[key] == pytest.approx(expected[key], abs=0.002)
+    assert (figures["n_samples"], figures["n_reference"], figures["weights_verified"]) == (128, 96, False)
+    assert len(figures["weights_sha256"]) == len(figures["reference_sha256"]) == 64
+    assert "not comparable" in out and "weights are not the published ones" in out and "128 samples" in out
+
+
+def test_statistics_as_reference_and_grey_images(weights_file, tmp_path, monkeypatch, capsys):
+    """Statistics of the samples themselves: distance 0 but for rounding; nothing to take precision and recall from."""
+    images = block_images(8, 3, 20, size=24)[..., :1]
+    network, _ = evaluate.load_inception(weights_file, torch.device("cpu"))
+    np.savez(tmp_path / "s.npz", arr_0=images)
+    batches = evaluate.ImageBatches(tmp_path / "s.npz")
+    _, _, (mu, sigma), (mu_s, sigma_s) = evaluate.features(network, batches, 3, torch.device("cpu"))
+    np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    words = [tmp_path / "s.npz", "--reference", tmp_path / "stats.npz", "--inception-weights", weights_file]
+    out = evaluated(monkeypatch, capsys, *words, "--json", tmp_path / "out.json")
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert abs(figures["fid"]) < 1e-4 and abs(figures["sfid"]) < 1e-4
+    assert figures["precision"] is None and figures["n_reference"] is None
+    assert "needs images in the reference" in out
+
+
+def test_pixels_have_a_figure_and_a_floor_of_their_own(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (400, 4, 4, 1), dtype=np.uint8)
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for i, image in enumerate(real):
+        Image.fromarray(image[..., 0]).save(folder / f"{i:04d}.png")
+    np.savez(tmp_path / "s.npz", arr_0=real[::-1] // 2)
+    words = [tmp_path / "s.npz", "--reference", folder, "--features", "pixels", "--json", tmp_path / "out.json"]
+    out = evaluated(monkeypatch, capsys, *words)
+    figures = json.loads((tmp_path / "out.json").read_text())
+    rows = [x.reshape(len(x), -1) / 255 for x in (real[::-1] // 2, real, real[::2], real[1::2])]
+    expected = [metrics.frechet_distance(*metrics.moments(a), *metrics.moments(b)) for a, b in (rows[:2], rows[2:])]
+    assert [figures["fd_pixels"], figures["fd_pixels_floor"]] == pytest.approx(expected, rel=1e-9)
+    assert "fid" not in figures and "fd_pixels " in out and "\nfid" not in out
+
+
+def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
+    good = block_images(4, 0, 10, size=12)
+    np.savez(tmp_path / "good.npz", arr_0=good)
+    np.savez(tmp_path / "small.npz", arr_0=good[:, :6, :6])
+    np.savez(tmp_path / "floats.npz", arr_0=good / 255)
+    np.savez(tmp_path / "flat.npz", arr_0=good[0])
+    np.savez(tmp_path / "labels.npz", arr_1=np.arange(3))
+    np.savez(tmp_path / "half.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "pickled.npz", arr_0=np.array([{"a": 1}], dtype=object))
+    (tmp_path / "text.npz").write_text("no archive")
+    whole = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": pathlib.Path("x")}))
+
+    def message(samples, reference="good.npz", *more):
+        words = [tmp_path / samples, "--reference", tmp_path / reference, "--features", "pixels", *more]
+        return fail("evaluate", words, capsys, monkeypatch)
+
+    assert "no such file or folder" in message("nowhere.npz")
+    assert "arr_0 is float64" in message("floats.npz")
+    assert "it must be uint8 (N, H, W, 3)" in message("flat.npz")
+    assert "it holds no arr_0, but arr_1" in message("labels.npz")
+    assert "statistics mu_s, sigma_s are missing" in message("good.npz", "half.npz")
+    assert "arr_0 is object" in message("pickled.npz")
+    for name in ("text.npz", "cut.npz", "flipped.npz"):
+        assert name in message(name)
+    assert "the folder holds no images" in message("empty")
+    assert "samples are (12, 12, 3), and the reference holds images of (6, 6, 3)" in message("good.npz", "small.npz")
+    assert "the folder /nowhere does not exist" in message("good.npz", "good.npz", "--json", "/nowhere/x.json")
+    words = [tmp_path / "good.npz", "--reference", tmp_path / "good.npz", "--inception-weights"]
+    assert "no such file" in fail("evaluate", [*words, tmp_path / "nowhere.pth"], capsys, monkeypatch)
+    assert "are not weights of this Inception" in fail("evaluate", [*words, tmp_path / "w.pth"], capsys, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "cannot fetch Inception's weights" in fail("evaluate", words[:-1], capsys, monkeypatch)
