@@ -46,17 +46,23 @@ def frechet_distance(mean_x, covariance_x, mean_y, covariance_y):
     """Fréchet distance between two Gaussians (Heusel et al. 2017), from means (D,) and covariances (D, D).
 
     |mean_x - mean_y|^2 + tr S_x + tr S_y - 2 tr (S_x S_y)^(1/2). The last trace is the sum of the singular values of
-    A_x^T A_y for any A with S = A A^T, here from the eigenvectors of S: real, and exact for singular covariances, where
-    a matrix square root needs a small number added. 0 for equal Gaussians.
+    A_x^T A_y for any A with S = A A^T: real, and exact for singular covariances, where a matrix square root needs a
+    small number added. 0 for equal Gaussians.
     """
 
-    def root(covariance):
-        values, vectors = np.linalg.eigh(covariance)
-        rounding = len(values) * np.finfo(float).eps * values[-1]  # a root would make much of it
-        return vectors * np.sqrt(np.where(values > rounding, values, 0))
-
-    cross = np.linalg.svd(root(covariance_x).T @ root(covariance_y), compute_uv=False).sum()
+    cross = torch.linalg.svdvals(_root(covariance_x).T @ _root(covariance_y)).sum().item()
     return float(((mean_x - mean_y) ** 2).sum() + np.trace(covariance_x) + np.trace(covariance_y) - 2 * cross)
+
+
+def _root(covariance):
+    """A tensor A (D, D) with A A^T = covariance: by Cholesky, or where that is near singular from the eigenvectors."""
+    covariance = torch.as_tensor(covariance, dtype=torch.float64)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed and factor.diagonal().min() ** 2 > 1e-10 * covariance.diagonal().max():
+        return factor
+    values, vectors = torch.linalg.eigh(covariance)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]  # a root would make much of it
+    return vectors * torch.where(values > rounding, values, 0).sqrt()
 
 
 def inception_score(logits):
