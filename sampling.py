@@ -39,8 +39,11 @@ class Pipeline:
     guided_channels: int | None
 
 
-def add_weights_flags(parser):
-    """Which weights to sample from, and what they are where they do not say so themselves."""
+def add_weights_flags(parser, with_space=True):
+    """Which weights to use, and what they are where they do not say so themselves.
+
+    Without `with_space`, not --image-size and --vae, which the data's flags have already.
+    """
     add = options.flag_group(
         parser,
         "weights",
@@ -61,16 +64,16 @@ def add_weights_flags(parser):
         f"one of {names} (default: by the weights' shapes; SiT-XL/2 without --ckpt)",
     )
     at_least_one = options.integer(1)
-    add("--image-size", at_least_one, "PIXELS", "size of the images (default: the checkpoint's; 256 without --ckpt)")
     add("--num-classes", at_least_one, "N", "number of classes (default: by the weights' shapes)")
     add("--num-heads", at_least_one, "N", "attention heads (default: by the width, for the known sizes)")
-    add(
-        "--vae",
-        str,
-        "ema|mse|none|NAME|FOLDER",
-        "autoencoder to decode with: of the released models, none for pixels, a hub name, a folder (default: the "
-        "checkpoint's, or ema)",
-    )
+    if with_space:
+        size = "size of the images (default: the checkpoint's; 256 without --ckpt)"
+        add("--image-size", at_least_one, "PIXELS", size)
+        vae = (
+            "autoencoder to decode with: of the released models, none for pixels, a hub name, a folder (default: the "
+            "checkpoint's, or ema)"
+        )
+        add("--vae", str, "ema|mse|none|NAME|FOLDER", vae)
 
 
 def add_guidance_flags(parser):
@@ -264,6 +267,11 @@ class ImageNoise:
     def draw(self, shape):
         """(N, *shape) float32."""
         rows = [torch.from_numpy(g.standard_normal(shape, dtype=np.float32)) for g in self.generators]
+        return torch.stack(rows).to(self.device)
+
+    def uniform(self, shape):
+        """(N, *shape) float32 in [0, 1)."""
+        rows = [torch.from_numpy(g.random(shape, dtype=np.float32)) for g in self.generators]
         return torch.stack(rows).to(self.device)
 
     def randn_like(self, x):

@@ -159,11 +159,18 @@ class Sampler:
         alpha, sigma = self.transport.path.alpha(t), self.transport.path.sigma(t)
         return (x - sigma * self.transport.noise(output, x, t_batch)) / alpha
 
-    def sample_ode_likelihood(self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3):
+    def sample_ode_likelihood(
+        self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3, num_probes=1, probe_like=None
+    ):
         """Log-likelihood of data by the instantaneous change of variables (Chen et al. 2018; Song et al. 2021, eq. 39).
 
-        The divergence is Hutchinson's estimate with one Rademacher probe per sample, drawn once per solve, so that the
-        adaptive solvers integrate a smooth function. Arguments as in `sample_ode`.
+        The divergence is Hutchinson's estimate with Rademacher probes, drawn once per solve, so that the adaptive
+        solvers integrate a smooth function.
+
+        Args:
+            sampling_method, num_steps, atol, rtol: as in `sample_ode`.
+            num_probes: probes per sample, over which the estimate is averaged; each costs a backward pass per call.
+            probe_like: draws one probe in the shape of its argument; None: -1 or 1 from PyTorch's global generator.
 
         Returns:
             `fn(x, model, **model_kwargs)` -> (logp, z): log p(x) (N,) in nats, summed over all dimensions, and the
@@ -172,6 +179,8 @@ class Sampler:
         """
         check_choice("sampling method", sampling_method, ODE_METHODS)
         _check_grid(num_steps)
+        if num_probes < 1 or num_probes != int(num_probes):
+            raise ValueError(f"num_probes must be an integer of 1 or more, not {num_probes}")
         t0, t1 = self.transport.ode_interval()
         self._check_regular(t0, t1)
 
@@ -181,7 +190,7 @@ class Sampler:
         def log_likelihood(x, model, **model_kwargs):
             x = _usable_by_autograd(x)
             model_kwargs = {key: _usable_by_autograd(value) for key, value in model_kwargs.items()}
-            probe = torch.randint(0, 2, x.shape, device=x.device).to(x.dtype) * 2 - 1
+            probes = [(probe_like or _rademacher_like)(x) for _ in range(num_probes)]
 
             def velocity_and_divergence(state, t):
                 x = state[0].detach()
@@ -189,8 +198,12 @@ class Sampler:
                 with torch.enable_grad():
                     x.requires_grad_()
                     velocity = self.transport.velocity(model(x, t, **model_kwargs), x, t)
-                    (product,) = torch.autograd.grad((velocity * probe + 0 * x).sum(), x)
-                return velocity.detach(), (product * probe).flatten(1).sum(1)
+                    divergence = 0
+                    for i, probe in enumerate(probes, 1):
+                        projection = (velocity * probe + 0 * x).sum()
+                        (product,) = torch.autograd.grad(projection, x, retain_graph=i < num_probes)
+                        divergence = divergence + (product * probe).flatten(1).sum(1) / num_probes
+                return velocity.detach(), divergence
 
             z, change = ode_integrate(
                 velocity_and_divergence,
@@ -257,6 +270,10 @@ def _time_grid(t0, t1, num_steps, x, shift=1.0):
 def _per_sample(t, x):
     """A 0-D time as the vector (N,) in x's dtype that networks take."""
     return t.to(x.dtype).repeat(len(x))
+
+
+def _rademacher_like(x):
+    return torch.randint(0, 2, x.shape, device=x.device).to(x.dtype) * 2 - 1
 
 
 def _usable_by_autograd(value):

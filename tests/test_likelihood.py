@@ -1,0 +1,91 @@
+"""likelihood.py: bits per dimension, held to Gaussians whose figure is known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import GaussianNetwork
+from PIL import Image
+from processes import run
+from test_options import fail
+
+import data
+import latents
+import likelihood
+import sampling
+from transport import create_transport
+
+STD = 0.25
+
+
+class GaussianModel(GaussianNetwork):
+    """The exact network of Gaussian images, with what a pipeline asks of a SiT."""
+
+    in_channels, input_size, num_classes = 1, 4, 3
+
+    def __call__(self, x, t, y):
+        assert y.shape == (len(x),)
+        return super().__call__(x, t)
+
+
+@pytest.mark.parametrize("path_type, prediction", [("Linear", "velocity"), ("GVP", "score"), ("VP", "noise")])
+def test_bits_of_gaussian_images_under_the_exact_network(path_type, prediction, monkeypatch, capsys, tmp_path):
+    """Grey levels of N(127.5, (127.5 s)^2), dequantized, have log2(127.5 s sqrt(2 pi e)) bits each."""
+    rng = np.random.default_rng(0)
+    levels = np.rint(127.5 + 127.5 * STD * rng.standard_normal((300, 4, 4))).clip(0, 255).astype(np.uint8)
+    examples = [(Image.fromarray(image), i % 3) for i, image in enumerate(levels)]
+    source = data.Source(examples, np.arange(300) % 3, "row {}".format, 3, 300, channels=1, image_size=4)
+    transport = create_transport(path_type, prediction)
+    model = GaussianModel(transport, mean=0.0, std=STD)
+    space = latents.PixelSpace(1)
+    pipeline = sampling.Pipeline(model, transport, space, torch.device("cpu"), None)
+    monkeypatch.setattr(likelihood.options, "open_data", lambda args: source)
+    monkeypatch.setattr(sampling, "load_pipeline", lambda *args, **given: pipeline)
+    words = ["likelihood.py", "--batch-size", "100", "--probes", "2", "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", words)
+    likelihood.main()
+    figures = json.loads((tmp_path / "out.json").read_text())
+    expected = math.log2(127.5 * STD * math.sqrt(2 * math.pi * math.e))
+    assert figures["bits_per_dim"] == pytest.approx(expected, abs=0.02)
+    assert figures["n_examples"] == 300 and 0 < figures["standard_error"] < 0.02
+    assert f"bits_per_dim {figures['bits_per_dim']:.4f}" in capsys.readouterr().out
+
+
+def test_dequantization_spreads_each_level_over_its_width():
+    levels = torch.arange(256.0)
+    images = levels / 127.5 - 1
+    low, high = (likelihood.dequantize(images, torch.full((256,), u)) for u in (0.0, 1.0))
+    torch.testing.assert_close((low + 1) * 127.5, levels - 0.5, atol=1e-4, rtol=0)
+    torch.testing.assert_close(high[:-1], low[1:], atol=1e-6, rtol=0)  # no gap, no overlap
+
+
+def test_bits_of_a_uniform_density():
+    """A density of 1/2 per dimension on [-1, 1] is 1/255 on [0, 255]: log2 255 bits."""
+    bits = likelihood.bits_per_dimension(torch.tensor([-64 * math.log(2)]), 64, 127.5)
+    assert bits.item() == pytest.approx(math.log2(255))
+
+
+def test_a_trained_model_on_any_number_of_ranks(digits_run, tmp_path):
+    words = ["likelihood.py", "--data-path", "digits", "--num-examples", 12, "--num-workers", 0]
+    figures = {}
+    for name, ckpt, processes, batch in (
+        ("one", digits_run, 1, 12),
+        ("two", digits_run, 2, 4),
+        ("early", digits_run / "checkpoint-3" / "model.safetensors", 1, 12),
+    ):
+        more = ["--ckpt", ckpt, "--batch-size", batch, "--json", tmp_path / f"{name}.json"]
+        result = run(*words, *more, "--sampling-method", "rk4", "--num-sampling-steps", 9, processes=processes)
+        assert result.returncode == 0, result.stderr
+        figures[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert figures["one"]["bits_per_dim"] == pytest.approx(figures["two"]["bits_per_dim"], abs=1e-4)
+    assert 3 < figures["one"]["bits_per_dim"] < 12 and figures["one"]["n_examples"] == 12
+
+
+def test_mistakes_in_likelihoods(digits_run, monkeypatch, capsys):
+    words = ["--ckpt", digits_run, "--data-path", "digits"]
+    assert "there are 1797" in fail("likelihood", [*words, "--num-examples", 5000], capsys, monkeypatch)
+    assert "must be an integer of 1 or more" in fail("likelihood", [*words, "--probes", 0], capsys, monkeypatch)
+    assert "--streaming does not go" in fail("likelihood", [*words, "--streaming"], capsys, monkeypatch)
+    assert "choose from dopri5" in fail("likelihood", [*words, "--sampling-method", "Heun"], capsys, monkeypatch)
