@@ -33,6 +33,7 @@ WEIGHTS_URL = (
 WEIGHTS_SHA256_PREFIX = "6726825d"  # which the file's name states
 COMPARABLE_SAMPLES = 50_000
 MOST_REFERENCES = 10_000  # for precision and recall
+MOST_PIXELS = 4096  # numbers of an image whose own Fréchet distance is taken
 SPATIAL_CHANNELS = 7
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
@@ -171,14 +172,64 @@ class ImageBatches:
             raise ValueError(f"{self.path} is damaged: {' '.join(str(error).split())}") from error
 
 
+class Monitor:
+    """FID, or `fd_pixels` of small images, of samples that the ranks of a training run make together.
+
+    Args:
+        reference: `ImageBatches`, or an iterable of uint8 arrays (N, H, W, C), gone through once.
+        image_shape: (H, W, C) of the samples.
+        weights: a file of Inception's weights, or None: see `load_inception`. Of no use to small images.
+        device: where Inception runs.
+
+    Raises:
+        ValueError: the reference is of another shape, or there are no weights.
+    """
+
+    def __init__(self, reference, image_shape, weights, device):
+        self.device, self.network = device, None
+        self.dimensions = int(np.prod(image_shape))
+        if self.dimensions > MOST_PIXELS:
+            self.network, _ = load_inception(weights, device)
+            self.dimensions = 2048
+        if isinstance(reference, ImageBatches):
+            if reference.statistics and self.network is not None:
+                self.of_reference = reference.statistics["mu"], reference.statistics["sigma"]
+                return
+            if reference.statistics or (self.network is None and reference.shape[1:] != image_shape):
+                raise ValueError(f"{reference.path} does not hold images of {image_shape}")
+            reference = reference.batches(64)
+        accumulated = metrics.Moments(self.dimensions)
+        for batch in reference:
+            accumulated.add(self._features(batch))
+        self.of_reference = accumulated.result()
+
+    @torch.no_grad()
+    def _features(self, images):
+        if self.network is None:
+            return images.reshape(len(images), -1) / 255
+        x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).to(self.device)
+        return self.network(x.expand(-1, 3, -1, -1))[0].cpu().numpy()
+
+    def figures(self, images):
+        """{'fid' or 'fd_pixels'} of the uint8 images (N, H, W, C) of all ranks; each calls this with its own."""
+        accumulated = metrics.Moments(self.dimensions, self.of_reference[0])
+        for start in range(0, len(images), 64):
+            accumulated.add(self._features(images[start : start + 64]))
+        accumulated.add_other_ranks(distributed.total)
+        distance = metrics.frechet_distance(*accumulated.result(), *self.of_reference)
+        return {"fd_pixels" if self.network is None else "fid": distance}
+
+
 def evaluate_pixels(samples, reference, args):
     """({'fd_pixels', 'fd_pixels_floor'}, caveats): Fréchet distances of pixels in [0, 1], the second real to real."""
     if reference.statistics or samples.shape[1:] != reference.shape[1:]:
         there = "statistics" if reference.statistics else f"images of {reference.shape[1:]}"
         raise ValueError(f"--features pixels: samples are {samples.shape[1:]}, and the reference holds {there}")
     dimensions = int(np.prod(samples.shape[1:]))
-    if dimensions > 4096:
-        raise ValueError(f"--features pixels is for small images of 4096 numbers or less; these have {dimensions}")
+    if dimensions > MOST_PIXELS:
+        raise ValueError(
+            f"--features pixels is for small images of {MOST_PIXELS} numbers or less; these have {dimensions}"
+        )
     of_samples, of_reference, *halves = (metrics.Moments(dimensions) for _ in range(4))
     for batch in samples.batches(args.batch_size):
         of_samples.add(batch.reshape(len(batch), -1) / 255)

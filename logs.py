@@ -1,4 +1,4 @@
-"""The log of a run: lines on the terminal and in log.txt, figures in metrics.jsonl, and trackers that are asked for."""
+"""The log of a run: lines on the terminal and in log.txt, figures as lines of JSON, and trackers that are asked for."""
 
 import contextlib
 import json
@@ -126,7 +126,7 @@ class RunLog:
 
     Args:
         output_dir: the run's folder.
-        step: where the run continues; figures of later steps, which it will repeat, are taken out of metrics.jsonl.
+        step: where the run continues; figures of later steps, which it will repeat, are taken out of the .jsonl files.
         trackers: of `open_trackers`.
     """
 
@@ -135,11 +135,12 @@ class RunLog:
         self.trackers = trackers
         self.broken = False
         if self.active:
-            figures = output_dir / "metrics.jsonl"
-            if figures.exists():
-                _keep_until(figures, step)
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                if (output_dir / name).exists():
+                    _keep_until(output_dir / name, step)
             self.text = open(output_dir / "log.txt", "a", buffering=1)
-            self.figures = open(figures, "a", buffering=1)
+            self.figures = open(output_dir / "metrics.jsonl", "a", buffering=1)
+            self.evaluations = open(output_dir / "evaluations.jsonl", "a", buffering=1)
 
     def line(self, text):
         """A line of text."""
@@ -172,12 +173,20 @@ class RunLog:
         for tracker in self.trackers:
             tracker.picture(path, step)
 
+    def evaluation(self, step, figures):
+        """Figures of samples of the average at a step: a line, and one of evaluations.jsonl."""
+        if self.active:
+            self.line(f"(step={step:07d}) " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+            self._write(self.evaluations, json.dumps({"step": step, **figures}) + "\n")
+            for tracker in self.trackers:
+                tracker.figures(figures, step)
+
     def close(self):
         for tracker in self.trackers:
             tracker.close()
         if self.active:
-            self.text.close()
-            self.figures.close()
+            for file in (self.text, self.figures, self.evaluations):
+                file.close()
 
     def _write(self, file, text):
         try:
@@ -189,7 +198,7 @@ class RunLog:
 
 
 def _keep_until(path, step):
-    """Take the lines of later steps out of metrics.jsonl, and a line that a killed run left half-written."""
+    """Take the lines of later steps out of a .jsonl file, and a line that a killed run left half-written."""
     kept = []
     for line in path.read_text().splitlines():
         try:

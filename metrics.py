@@ -8,23 +8,36 @@ NEIGHBOURS = 3  # the manifold of precision and recall reaches to the third neig
 
 
 class Moments:
-    """Mean and covariance of rows that come in batches, in float64."""
+    """Mean and covariance of rows that come in batches, in float64.
 
-    def __init__(self, dimensions):
+    Args:
+        dimensions: D.
+        origin: (D,) a point near the mean, about which products are summed, so that they lose no digits to it; None:
+            the mean of the first batch.
+    """
+
+    def __init__(self, dimensions, origin=None):
         self.count = 0
         self.sum = np.zeros(dimensions)
         self.products = np.zeros((dimensions, dimensions))
-        self.origin = None
+        self.origin = origin
 
     def add(self, rows):
         """Add rows (N, D)."""
         rows = np.asarray(rows, dtype=np.float64)
         if self.origin is None:
-            self.origin = rows.mean(0)  # products about a point near the mean lose no digits to it
+            self.origin = rows.mean(0)
         rows = rows - self.origin
         self.count += len(rows)
         self.sum += rows.sum(0)
         self.products += rows.T @ rows
+
+    def add_other_ranks(self, total):
+        """Add the rows of all ranks, which call this with the same origin; `total` sums a tensor over ranks."""
+        together = np.concatenate([[self.count], self.sum, self.products.ravel()])
+        together = total(torch.from_numpy(together)).numpy()
+        self.count, self.sum = int(together[0]), together[1 : 1 + len(self.sum)]
+        self.products = together[1 + len(self.sum) :].reshape(self.products.shape)
 
     def result(self):
         """(mean (D,), covariance (D, D)), the latter with N - 1. Raises ValueError for fewer than two rows."""

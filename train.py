@@ -22,6 +22,7 @@ import costs
 import data
 import distributed
 import download
+import evaluate
 import latents
 import logs
 import options
@@ -30,6 +31,12 @@ import sampling
 from models import SiT, SiT_models
 from transport import create_transport, logit_normal
 
+# How samples are drawn during training: in fixed steps, as with FSDP all ranks must make as many network calls.
+SAMPLED_HOW = dict(
+    mode="ODE",
+    settings=options.ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26},
+    show_progress=False,
+)
 COMPUTE_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -110,6 +117,12 @@ def build_parser():
     add("--sample-every", options.integer(0), "STEPS", "steps between grids of EMA samples; 0: none", default=10_000)
     cfg = "guidance scale of those grids; 1 is none (default: 4, or 1 with --class-dropout-prob 0)"
     add("--cfg-scale", options.number(), "S", cfg)
+    every = "steps between Frechet distances of EMA samples without guidance to a reference; 0: none"
+    add("--eval-every", options.integer(0), "STEPS", every, default=0)
+    add("--eval-samples", options.integer(2), "N", "samples that are drawn for it, by all ranks together", default=5000)
+    reference = ".npz or folder, as evaluate.py takes it (default: the training images, if they are small)"
+    add("--eval-reference", pathlib.Path, "PATH", reference)
+    add("--inception-weights", pathlib.Path, "FILE.pth", "see evaluate.py (default: download them once)")
     parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, too, in the run's folder")
     wandb = "log to Weights & Biases, too, which reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE"
     parser.add_argument("--wandb", action="store_true", help=wandb)
@@ -157,6 +170,7 @@ def main():
         elif rank == 0:
             weights, notes = initial_weights(args, config)
         space = open_space(args, config, source, device)
+        monitor = open_monitor(args, config, source, device) if args.eval_every else None
         packages = logs.import_trackers(args.tensorboard, args.wandb) if rank == 0 else {}
         distributed.on_rank_zero(runs.take_folder, output_dir)
         distributed.on_rank_zero(runs.set_aside, start, output_dir)
@@ -339,6 +353,8 @@ def main():
                     path = draw_grid(ema, transport, space, device, cfg_scale, args.global_seed, output_dir, done)
                     log.picture(path, done)
                 distributed.barrier()
+            if args.eval_every and done % args.eval_every == 0:
+                log.evaluation(done, monitor.figures(draw_share(ema, transport, space, device, args)))
             if saves:
                 counts = dict(bad_steps=bad_steps, bad_images=bad_images, window=window.state())
                 writer.save(
@@ -569,16 +585,41 @@ def draw_grid(ema, transport, space, device, cfg_scale, seed, output_dir, step):
     """Write a grid of samples of the moving average, the same noise and classes each time."""
     pipeline = sampling.Pipeline(ema, transport, space, device, guided_channels=None)
     labels = sampling.default_labels(ema.num_classes)
-    # Fixed steps: with FSDP all ranks must make the same number of network calls.
-    settings = options.ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26}
-    images, _ = sampling.generate(
-        pipeline, labels * 2, mode="ODE", settings=settings, cfg_scale=cfg_scale, seed=seed, show_progress=False
-    )
+    images, _ = sampling.generate(pipeline, labels * 2, **SAMPLED_HOW, cfg_scale=cfg_scale, seed=seed)
     path = output_dir / "samples" / f"{step:07d}.png"
     if distributed.rank() == 0:
         path.parent.mkdir(exist_ok=True)
         sampling.save_grid(images, path, columns=len(labels))
     return path
+
+
+def open_monitor(args, config, source, device):
+    """What --eval-every measures samples with. Raises ValueError without a reference that is fit for it."""
+    size, channels = config["latents"]["image_size"], config["latents"]["channels"]
+    shape = (size, size, channels if config["latents"]["vae"] == "none" else 3)
+    if args.eval_reference is not None:
+        reference = evaluate.ImageBatches(args.eval_reference, may_be_statistics=True)
+    elif isinstance(source, data.Source) and source.labels is not None and math.prod(shape) <= evaluate.MOST_PIXELS:
+        dataset = data.ImageDataset(source, size, shape[2], config["model"]["num_classes"])
+        some = range(min(len(dataset), evaluate.MOST_REFERENCES))
+        reference = (sampling.to_uint8(dataset[i, False][0][None]).numpy() for i in some)
+    else:
+        raise ValueError("--eval-every needs --eval-reference: the training data are no small images")
+    return evaluate.Monitor(reference, shape, args.inception_weights, device)
+
+
+def draw_share(ema, transport, space, device, args):
+    """This rank's share of --eval-samples as uint8 (N, H, W, C): of as many network calls as the others' shares."""
+    pipeline = sampling.Pipeline(ema, transport, space, device, guided_channels=None)
+    labels = sampling.draw_labels(args.eval_samples, ema.num_classes, args.global_seed, balanced=False)
+    share = math.ceil(args.eval_samples / distributed.world_size())
+    first = distributed.rank() * share
+    mine = labels[first : first + share].tolist()
+    padded = mine + [0] * (share - len(mine))
+    images, _ = sampling.generate(
+        pipeline, padded, **SAMPLED_HOW, cfg_scale=1.0, seed=args.global_seed, first_index=first
+    )
+    return images[: len(mine)].numpy()
 
 
 def epochs(samples_seen, source):

@@ -15,6 +15,8 @@ from test_data import bad_folder, write_images
 import checkpoint
 import data
 import logs
+import metrics
+import sampling
 import train
 from models import SiT
 from transport import create_transport
@@ -25,6 +27,7 @@ def test_the_files_of_a_run(digits_run):
         "checkpoint-3",
         "checkpoint-6",
         ".lock",
+        "evaluations.jsonl",
         "log.txt",
         "metrics.jsonl",
         "samples",
@@ -284,6 +287,25 @@ def test_the_loss_by_time_is_a_part_of_the_loss(tmp_path):
     expected = sum(share.item() * value for share, value in zip(shares, line["loss_by_time"], strict=True) if share)
     assert expected == pytest.approx(line["loss"], rel=1e-5)
     assert line["memory_gib"] > 0 and line["mfu"] is None
+
+
+@pytest.mark.parametrize("processes, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_samples_are_evaluated_during_training_by_all_ranks(processes, parallel, tmp_path):
+    """An untrained model draws nearly noise: far from the digits, and as far for any number of ranks."""
+    flags = ["--eval-every", 2, "--eval-samples", 101, "--max-steps", 4, "--parallel", parallel]
+    result = run("train.py", *TINY, *flags, "--output-dir", tmp_path, processes=processes)
+    assert result.returncode == 0, result.stderr
+    evaluations = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    dataset = data.ImageDataset(data.open_source("digits"), 8, 1)
+    real = torch.stack([dataset[i, False][0] for i in range(1797)])
+    pixels = sampling.to_uint8(real).flatten(1).numpy() / 255
+    pipeline = sampling.load_pipeline(tmp_path, torch.device("cpu"))
+    labels = sampling.draw_labels(101, 10, 0, balanced=False).tolist()
+    images, _ = sampling.generate(pipeline, labels, **train.SAMPLED_HOW, cfg_scale=1.0, seed=0)
+    rows = images.flatten(1).numpy() / 255
+    expected = metrics.frechet_distance(*metrics.moments(rows), *metrics.moments(pixels))
+    assert evaluations[-1]["fd_pixels"] == pytest.approx(expected, rel=1e-3) and expected > 1
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path):
