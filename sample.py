@@ -34,6 +34,8 @@ def main():
         settings = options.solver_settings(args)
         sampling.check_output(args.output)
         device = distributed.init()
+        if distributed.rank() != 0:
+            return distributed.shutdown()  # a grid is one process's work
         pipeline = sampling.load_pipeline(args.ckpt, device, args.guided_channels, **sampling.given_flags(args))
         labels = args.class_labels or sampling.default_labels(pipeline.model.num_classes)
         sampling.check_labels(labels, pipeline.model.num_classes)

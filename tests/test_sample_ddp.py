@@ -131,6 +131,17 @@ def test_guidance_over_an_interval_is_counted(digits_run, tmp_path):
     assert "guidance 1.5 on 1 of 1 channels for t in [0.5, 1]" in result.stdout
 
 
+def test_a_protocol_holds_the_settings_of_the_paper(digits_run, tmp_path):
+    words = ["sample_ddp.py", "--ckpt", digits_run, "--num-fid-samples", 2, "--output", tmp_path / "p.npz"]
+    result = draw(*words, "--protocol", "paper-sde-cfg")
+    assert "SDE Euler, 250 network calls per image (500 evaluations), guidance 1.5" in result.stdout
+    assert "for SiT-XL/2 at 256x256: 2.06, 4.49, 277.50, 0.83, 0.59" in result.stdout
+    result = draw(*words[:-1], tmp_path / "q.npz", "--protocol", "paper-ode")
+    assert "ODE heun2, 250 network calls per image (250 evaluations), no guidance" in result.stdout
+    result = draw(*words, "--protocol", "paper-ode", "--num-sampling-steps", 50, code=2)
+    assert "--protocol paper-ode has --num-sampling-steps 126, not 50" in result.stderr
+
+
 def test_likelihood_points_elsewhere(digits_run, tmp_path):
     result = draw(*flags(digits_run, tmp_path / "l.npz", mode="ODE"), "--likelihood", code=2)
     assert "likelihood.py" in result.stderr and result.stderr.count("\n") == 1

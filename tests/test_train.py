@@ -163,7 +163,7 @@ def test_images_in_class_folders_through_an_autoencoder(path_type, prediction, s
     assert state["model"]["num_classes"] == 3 and state["model"]["in_channels"] == 4
     result = run("sample.py", "SDE", "--ckpt", folder, "--num-sampling-steps", 5, "--output", tmp_path / "grid.png")
     assert result.returncode == 0, result.stderr
-    assert "SDE Euler, 5 network calls per image, guidance 4 on 4 of 4 channels" in result.stdout
+    assert "SDE Euler, 5 network calls per image (10 evaluations), guidance 4 on 4 of 4 channels" in result.stdout
     # The same weights start another run, in a folder numbered after the first.
     result = run("train.py", *arguments, "--results-dir", tmp_path / "results", "--init-from", folder)
     assert result.returncode == 0, result.stderr
