@@ -102,6 +102,17 @@ def test_the_loss_curve_does_not_depend_on_how_ranks_share_the_work(way, uninter
     np.testing.assert_allclose(curve(tmp_path), expected[:20], atol=1e-4)
 
 
+@pytest.mark.parametrize("processes, more", [(4, ["--fsdp-shard-size", 2]), (3, [])])
+def test_groups_of_shards_and_shards_of_uneven_size(processes, more, tmp_path):
+    """HSDP: two replicas of two shards; and three shards of widths that three does not divide."""
+    flags = [*TINY, "--max-steps", 8, "--global-batch-size", 12]
+    finish(train(tmp_path / "one", "one process", flags=flags))
+    finish(train(tmp_path / "many", "fsdp", *more, flags=flags, processes=processes))
+    np.testing.assert_allclose(curve(tmp_path / "many"), curve(tmp_path / "one"), atol=1e-4)
+    finish(train(tmp_path / "many", "one process", "--max-steps", 10, flags=flags))
+    assert len(curve(tmp_path / "many")) == 10
+
+
 @pytest.mark.parametrize(
     "first, then", [("fsdp", "one process"), ("one process", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")]
 )
