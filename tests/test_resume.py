@@ -98,8 +98,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(way, uninterrupted, tmp_path):
 def test_the_loss_curve_does_not_depend_on_how_ranks_share_the_work(way, uninterrupted, tmp_path):
     expected = curve(uninterrupted("one process"))
     np.testing.assert_allclose(curve(uninterrupted(way)), expected, atol=1e-4)
-    finish(train(tmp_path, way, "--micro-batch-size", 2, "--max-steps", 20))
-    np.testing.assert_allclose(curve(tmp_path), expected[:20], atol=1e-4)
+    finish(train(tmp_path / "a", way, "--micro-batch-size", 2, "--max-steps", 20))
+    np.testing.assert_allclose(curve(tmp_path / "a"), expected[:20], atol=1e-4)
+    norms = [
+        [line["gradient_norm"] for line in read_metrics(folder)[:20]]
+        for folder in (tmp_path / "a", uninterrupted("one process"))
+    ]
+    np.testing.assert_allclose(*norms, rtol=1e-3)
+    clipped = [*TINY, "--max-steps", 10, "--max-grad-norm", 0.1, "--weight-decay", 0.1]
+    for name, kind in (("b", way), ("c", "one process")):
+        finish(train(tmp_path / name, kind, flags=clipped))
+    np.testing.assert_allclose(curve(tmp_path / "b"), curve(tmp_path / "c"), atol=1e-4)
 
 
 @pytest.mark.parametrize("processes, more", [(4, ["--fsdp-shard-size", 2]), (3, [])])
