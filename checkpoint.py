@@ -12,6 +12,7 @@ complete; the manifest tells whether it still is.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -44,6 +45,7 @@ from models import SIZES
 
 STATE_FILE = "trainer_state.json"
 MANIFEST = "manifest.json"
+WHOLE_FILES = ("model.safetensors", "ema.pt", STATE_FILE)
 NAME = re.compile(r"checkpoint-(\d+)")
 TRANSPORT_KEYS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
 
@@ -137,7 +139,6 @@ class Writer:
             if distributed.rank() == 0:
                 _write_manifest(partial)
                 files.publish(partial, final)
-                self._prune()
         except (Exception, CheckpointException) as error:  # a full disk shows as one of many kinds
             if isinstance(error, CheckpointException):  # holds what each rank met, with tracebacks
                 error = next(iter(error.failures.values()))[0]
@@ -147,6 +148,7 @@ class Writer:
         if problem is not None:
             shutil.rmtree(partial, ignore_errors=True)
             return self._note(f"{final.name} was not written: {problem}; training goes on, earlier ones are whole")
+        self._prune()
         seconds = time.perf_counter() - start
         self.report(f"checkpoint {final} written in {seconds:.2f} s, for {waited:.2f} s of which training waited")
         return True
@@ -162,8 +164,9 @@ class Writer:
         for step in old:
             if not self.keep_every or step % self.keep_every:
                 folder = self.output_dir / f"checkpoint-{step}"
-                removed = folder.rename(folder.with_name(f".{folder.name}.removed"))  # never half a checkpoint
-                shutil.rmtree(removed, ignore_errors=True)
+                removed = folder.with_name(f".{folder.name}.removed")  # never half a checkpoint
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(folder.rename(removed))
 
 
 def _make_partial(final):
@@ -184,6 +187,11 @@ def _whole(model):
 
 
 def _write_manifest(folder):
+    """Write the manifest. Raises ValueError if what other ranks wrote is not here."""
+    shards = dcp.FileSystemReader(folder / "optimizer").read_metadata().storage_data.values()
+    for name in {shard.relative_path for shard in shards}:
+        if not (folder / "optimizer" / name).is_file():
+            raise ValueError(f"{folder / 'optimizer' / name} is missing: all ranks must write to one storage")
     entries = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -201,15 +209,20 @@ def check(folder, names=None):
     folder = pathlib.Path(folder)
     try:
         entries = json.loads((folder / MANIFEST).read_text())["files"]
-        expected = {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in names or entries}
+        expected = {
+            name: (entries[name]["bytes"], entries[name]["sha256"]) for name in names or {*entries, *WHOLE_FILES}
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is missing or damaged ({error})") from error
     for name, (size, sha256) in expected.items():
         path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != size or files.sha256(path) != sha256:
-            raise ValueError(f"{path} is damaged: its size or checksum is not the manifest's")
+        try:
+            if not path.is_file():
+                raise ValueError(f"{path} is missing")
+            if path.stat().st_size != size or files.sha256(path) != sha256:
+                raise ValueError(f"{path} is damaged: its size or checksum is not the manifest's")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def steps(output_dir):

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import pathlib
 import threading
 import time
 import warnings
@@ -27,26 +28,38 @@ def init():
     NCCL with one GPU per process (by LOCAL_RANK: the global rank is no device index on a second node), gloo on CPU, and
     for what is on the CPU in any case.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
     use_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"LOCAL_RANK is {local_rank}, and this process sees {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun keeps one store over its restarts, in which a rank must not find the addresses of ranks that died.
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        launch = [os.environ.get(f"TORCHELASTIC_{key}", "") for key in ("RUN_ID", "RESTART_COUNT")]
+        store = dist.PrefixStore("-".join(launch), store)
         where = dict(store=store, rank=rank, world_size=world_size, device_id=device if use_cuda else None)
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT, **where)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
     return device
 
 
 def _end_with_launcher(launcher):
     """End this process when torchrun is gone: killed, it would leave ranks behind that write to the run's folder."""
-    while os.getppid() == launcher:
+    while os.getppid() == launcher and not _is_init(launcher):
         time.sleep(0.5)
     os._exit(1)
+
+
+def _is_init(pid):
+    """Whether a process is the system's first, which takes in orphans; in a container, that can be torchrun itself."""
+    try:
+        return pid == 1 and not pathlib.Path("/proc/1/comm").read_text().startswith(("python", "torchrun", "pt_"))
+    except OSError:
+        return False
 
 
 def shutdown():
@@ -146,14 +159,16 @@ def shard(model, mesh, dtype=torch.float32):
     Args:
         model: on the meta device or another; changed in place.
         mesh: from `mesh`.
-        dtype: of the gathered weights; the shards themselves, and gradients on their way, stay float32.
+        dtype: of the gathered weights of blocks; the shards themselves, and gradients on their way, stay float32.
     """
     # Its output is a view; nothing changes it in place, of which FSDP2 warns at the first step.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # What is the root's, embeddings and the final layer, stays float32, as autocast has the tensors between blocks.
+    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
         # Also the root, which FSDP2 by default leaves gathered: an average must not be used stale.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=high if module is model else low, reshard_after_forward=True)
     register_fsdp_forward_method(model, "forward_with_cfg")
 
 
@@ -167,9 +182,12 @@ def replicate(model, device):
 
 @contextlib.contextmanager
 def accumulate(model, is_last):
-    """Context of one micro batch's forward and backward: gradients travel between ranks with the last one alone."""
+    """Context of one micro batch's forward and backward: gradients travel between replicas with the last one alone.
+
+    Between shards they travel each time: a rank has no room for whole gradients.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
+        model.set_requires_all_reduce(is_last)
         yield
     elif isinstance(model, DistributedDataParallel) and not is_last:
         with model.no_sync():

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import costs
 import distributed
 import files
+import sampling
 
 TIME_BINS = 10  # of t in [0, 1], for the loss
 
@@ -134,19 +135,25 @@ class RunLog:
         self.active = distributed.rank() == 0
         self.trackers = trackers
         self.broken = False
-        if self.active:
+        self.output_dir = output_dir
+        if not self.active:
+            return
+        try:
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 if (output_dir / name).exists():
                     _keep_until(output_dir / name, step)
             self.text = open(output_dir / "log.txt", "a", buffering=1)
             self.figures = open(output_dir / "metrics.jsonl", "a", buffering=1)
             self.evaluations = open(output_dir / "evaluations.jsonl", "a", buffering=1)
+        except OSError as error:
+            raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from error
 
     def line(self, text):
         """A line of text."""
         if self.active:
-            tqdm.write(text)
-            sys.stdout.flush()  # a log that is piped to a file is watched too
+            with self._going_on("the terminal"):
+                tqdm.write(text)
+                sys.stdout.flush()  # a log that is piped to a file is watched too
             self._write(self.text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, **figures):
@@ -164,43 +171,56 @@ class RunLog:
         for b, value in enumerate(figures["loss_by_time"]):
             if value is not None:
                 numbers[f"loss_by_time/{b / TIME_BINS:.1f}"] = value
-        for tracker in self.trackers:
-            tracker.figures(numbers, figures["step"])
+        self._track("figures", numbers, figures["step"])
 
-    def picture(self, path, step):
-        """A grid of samples that was written to `path`."""
-        self.line(f"(step={step:07d}) samples {path}")
-        for tracker in self.trackers:
-            tracker.picture(path, step)
+    def grid(self, images, columns, step):
+        """Write uint8 images (N, H, W, C) as samples/STEP.png."""
+        if self.active:
+            path = self.output_dir / "samples" / f"{step:07d}.png"
+            with self._going_on(path):
+                path.parent.mkdir(exist_ok=True)
+                sampling.save_grid(images, path, columns)
+                self.line(f"(step={step:07d}) samples {path}")
+                self._track("picture", path, step)
 
     def evaluation(self, step, figures):
         """Figures of samples of the average at a step: a line, and one of evaluations.jsonl."""
         if self.active:
             self.line(f"(step={step:07d}) " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items()))
             self._write(self.evaluations, json.dumps({"step": step, **figures}) + "\n")
-            for tracker in self.trackers:
-                tracker.figures(figures, step)
+            self._track("figures", figures, step)
 
     def close(self):
-        for tracker in self.trackers:
-            tracker.close()
-        if self.active:
-            for file in (self.text, self.figures, self.evaluations):
+        self._track("close")
+        for file in (self.text, self.figures, self.evaluations) if self.active else ():
+            with self._going_on(file.name):
                 file.close()
 
+    def _track(self, method, *arguments):
+        for tracker in self.trackers:
+            with self._going_on(type(tracker).__name__):
+                getattr(tracker, method)(*arguments)
+
     def _write(self, file, text):
-        try:
+        with self._going_on(file.name):
             file.write(text)
+
+    @contextlib.contextmanager
+    def _going_on(self, name):
+        """Around what writes to `name`: if it cannot, that is said once, and the run goes on."""
+        try:
+            yield
         except OSError as error:
             if not self.broken:
-                print(f"{file.name} cannot be written: {error.strerror}; training goes on", file=sys.stderr)
+                with contextlib.suppress(OSError):
+                    print(f"{name} cannot be written: {error.strerror}; training goes on", file=sys.stderr)
             self.broken = True
 
 
 def _keep_until(path, step):
     """Take the lines of later steps out of a .jsonl file, and a line that a killed run left half-written."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             kept += [line] if json.loads(line)["step"] <= step else []
         except (ValueError, KeyError, TypeError):
@@ -213,7 +233,7 @@ class TensorBoard:
     """Figures and pictures for TensorBoard, in the folder tensorboard/ of the run."""
 
     def __init__(self, writer_class, output_dir, step):
-        self.writer = writer_class(output_dir / "tensorboard", purge_step=step + 1 if step else None)
+        self.writer = writer_class(output_dir / "tensorboard", purge_step=step + 1)
 
     def figures(self, numbers, step):
         for key, value in numbers.items():

@@ -1,5 +1,6 @@
 """A run from outside: which folder is its own, where it continues, and how it is asked to stop."""
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -9,16 +10,19 @@ import pathlib
 import re
 import signal
 import time
+import uuid
 
 import checkpoint
+import distributed
 
 EXIT_DIVERGED = 3  # the loss was not finite for too many steps in a row
 EXIT_STOPPED = 75  # a signal asked it to stop, and it saved first; the same command continues (EX_TEMPFAIL)
 
+LOCK = ".lock"
 _held = []  # locks are held as long as their files are open
 LOCK_PATIENCE = 10  # seconds in which the ranks of a killed run can be expected to end
 # Flags that say where and how a run goes on, not what it computes.
-NOT_OF_THE_RUN = ("output_dir", "results_dir", "resume", "init_from", "config", "dry_run")
+NOT_OF_THE_RUN = ("output_dir", "results_dir", "resume", "config", "dry_run")
 
 
 @dataclasses.dataclass
@@ -53,6 +57,10 @@ def find_start(resume, output_dir):
         if folder is None:
             raise ValueError(f"{'; '.join(damaged)}; no checkpoint in {output_dir} is intact")
         return Start(folder, checkpoint.read_state(folder), damaged)
+    if holds:  # the same command, typed again, goes on with what it has made itself
+        latest, damaged = checkpoint.find_latest(output_dir)
+        if latest is not None and checkpoint.read_state(latest)["args"]["resume"] == resume:
+            return Start(latest, checkpoint.read_state(latest), damaged)
     folder, damaged = pathlib.Path(resume), []
     if checkpoint.steps(folder):
         folder, damaged = checkpoint.find_latest(folder)
@@ -123,12 +131,15 @@ def choose_folder(args, start):
 def take_folder(output_dir):
     """Make the run's folder and hold it until this process ends, so that no second run writes there.
 
+    Returns:
+        A token that lies in the folder, by which ranks can tell that they see the same one.
+
     Raises:
         ValueError: the folder cannot be made or written to, or another run holds it.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(output_dir / ".lock", "w")
+        lock = open(output_dir / LOCK, "a+")
     except OSError as error:
         raise ValueError(f"the run's folder {output_dir} cannot be made or written to: {error.strerror}") from error
     deadline = time.monotonic() + LOCK_PATIENCE
@@ -136,14 +147,34 @@ def take_folder(output_dir):
         try:
             # POSIX's lock, which the loader's worker processes do not inherit.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _held.append(lock)
-            return
+            break
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a file system without locks
+                break  # a file system without locks
         if time.monotonic() > deadline:
             raise ValueError(f"another run is writing to {output_dir}; wait for it, or give another --output-dir")
         time.sleep(0.2)
+    token = uuid.uuid4().hex
+    try:
+        lock.truncate(0)
+        lock.write(token)
+        lock.flush()
+    except OSError as error:
+        raise ValueError(f"the run's folder {output_dir} cannot be written to: {error.strerror}") from error
+    _held.append(lock)
+    return token
+
+
+def sees_folder(output_dir, token):
+    """Whether this rank finds rank 0's token in the run's folder, some time for caches of file systems given."""
+    if distributed.rank() == 0:
+        return True  # and to close the file that holds the lock, after reading it, would give the lock up
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            if (output_dir / LOCK).read_text() == token:
+                return True
+        time.sleep(0.2)
+    return False
 
 
 def set_aside(start, output_dir):
@@ -170,7 +201,11 @@ class StopRequest:
         self.signal = signal.Signals(number)
 
 
-def check_restarts(output_dir):
-    """Raise ValueError if torchrun will start this command again and it would not find its own checkpoints."""
-    if output_dir is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+def check_restarts(output_dir, resume):
+    """Raise ValueError if torchrun will start this command again and it would not go on with its own checkpoints."""
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        return
+    if output_dir is None:
         raise ValueError("--max-restarts needs --output-dir: without, each start would have a folder of its own")
+    if resume == "never":
+        raise ValueError("--max-restarts does not go with --resume never, which would not go on at a restart")

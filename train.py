@@ -37,6 +37,7 @@ SAMPLED_HOW = dict(
     settings=options.ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26},
     show_progress=False,
 )
+COUNTS = ("bad_steps", "bad_in_a_row", "bad_images")  # of a run, that its checkpoints hold
 COMPUTE_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -137,43 +138,53 @@ def main():
     args = parser.parse_args()
     with options.user_errors(parser):
         device = distributed.init()
-        runs.check_restarts(args.output_dir)
+        runs.check_restarts(args.output_dir, args.resume)
         rank, world_size = distributed.rank(), distributed.world_size()
         accumulation, micro_batch_size = split_batch(args.global_batch_size, args.micro_batch_size, world_size)
         precision = resolve_precision(args.precision, device)
         source = options.open_data(args)
         config = resolve_config(args, source)
         transport = create_transport(**config["transport"])
-        max_steps = args.max_steps or max(1, args.epochs * source.num_examples // args.global_batch_size)
         with torch.device("meta"):
             model, ema = SiT(**config["model"]), SiT(**config["model"])
         parallel, mesh = resolve_parallel(args, model, device)
         cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, model)
         batch_text = (
-            f"{max_steps:,} steps of {args.global_batch_size} images = micro batch {micro_batch_size} x {world_size} "
-            f"ranks x accumulation {accumulation}"
+            f"steps of {args.global_batch_size} images = micro batch {micro_batch_size} x {world_size} ranks "
+            f"x accumulation {accumulation}"
         )
         how_text = f"{parallel}, {precision} on {device.type}, torch {torch.__version__}"
         if args.dry_run:
-            print_plan(args, config, micro_batch_size, precision, mesh, [batch_text, how_text])
+            lines = [f"{last_step(args, source, runs.Start()):,} {batch_text}", how_text]
+            print_plan(args, config, micro_batch_size, precision, mesh, lines)
             return distributed.shutdown()
         start = distributed.on_rank_zero(runs.find_start, args.resume, args.output_dir)
         output_dir = distributed.from_rank_zero(runs.choose_folder(args, start))
-        weights = {}
-        notes = []
+        weights, notes = {}, []
         if start.state is not None:
             runs.check_model(config, start)
-            if start.state["step"] >= max_steps:
-                if rank == 0:
-                    print(f"{start.folder} is of step {start.state['step']}, and the run has {max_steps}: it is done")
-                return distributed.shutdown()
         elif rank == 0:
             weights, notes = initial_weights(args, config)
         space = open_space(args, config, source, device)
         monitor = open_monitor(args, config, source, device) if args.eval_every else None
         packages = logs.import_trackers(args.tensorboard, args.wandb) if rank == 0 else {}
-        distributed.on_rank_zero(runs.take_folder, output_dir)
+        token = distributed.on_rank_zero(runs.take_folder, output_dir)
+        if distributed.any_rank(not runs.sees_folder(output_dir, token)):
+            raise ValueError(
+                f"the run's folder {output_dir} is not the same for all ranks; it must be on shared storage"
+            )
+        # Again, now that nobody else writes there: who did until now may have saved.
+        start = distributed.on_rank_zero(runs.find_start, args.resume, output_dir)
+        if start.state is not None:
+            runs.check_model(config, start)
+        max_steps = last_step(args, source, start)
+        if start.state is not None and start.state["step"] >= max_steps:
+            if rank == 0:
+                print(f"{start.folder} is of step {start.state['step']}, and the run has {max_steps}: it is done")
+            return distributed.shutdown()
         distributed.on_rank_zero(runs.set_aside, start, output_dir)
+        trackers = logs.open_trackers(packages, output_dir, first_step_of(start), runs.plain(vars(args)))
+        log = logs.RunLog(output_dir, first_step_of(start), trackers)
 
     # Build what trains: the model and its average, the optimizer. Their weights come into being here, on the device,
     # in the shards that this rank holds.
@@ -205,9 +216,9 @@ def main():
         return output.float()  # the loss is taken in float32
 
     # The batches of this rank, from where the run is.
-    state = start.state or {"step": 0, "samples_seen": 0, "bad_steps": 0, "bad_images": 0, "window": None}
-    first_step, samples_seen = state["step"], state["samples_seen"]
-    bad_steps, bad_in_a_row, bad_images = state["bad_steps"], 0, state["bad_images"]
+    state = start.state or {"samples_seen": 0, "window": None} | dict.fromkeys(COUNTS, 0)
+    first_step, samples_seen = first_step_of(start), state["samples_seen"]
+    bad_steps, bad_in_a_row, bad_images = (state[key] for key in COUNTS)
     sampler = data.GlobalBatchSampler(
         source.num_examples,
         args.global_batch_size,
@@ -224,9 +235,6 @@ def main():
     latent_shape = (model.in_channels, model.input_size, model.input_size)
 
     # Say what is about to happen.
-    log = logs.RunLog(
-        output_dir, first_step, logs.open_trackers(packages, output_dir, first_step, runs.plain(vars(args)))
-    )
     writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, log.line)
     log.line(f"run folder {output_dir}")
     for line in notes + [f"{problem}; it is not used" for problem in start.damaged]:
@@ -238,7 +246,7 @@ def main():
     log.line(f"{costs.num_parameters(config['model']):,} parameters; {json.dumps(config['model'])}")
     images = "a stream of images" if source.num_examples is None else f"{source.num_examples:,} images"
     log.line(f"{images} of {model.num_classes} classes as {latent_shape}; {json.dumps(config['transport'])}")
-    log.line(f"{batch_text}; {how_text}")
+    log.line(f"{max_steps:,} {batch_text}; {how_text}")
 
     # Train.
     stop = runs.StopRequest()
@@ -304,7 +312,8 @@ def main():
         is_last = done == max_steps
         if distributed.any_rank(stop.signal is not None):
             stopping = runs.EXIT_STOPPED
-        saves = done % args.ckpt_every == 0 or is_last or stopping is not None
+        # Not in a row of steps that are not finite, in which the last good checkpoint is kept.
+        saves = (done % args.ckpt_every == 0 and not bad_in_a_row) or is_last or stopping is not None
         logging = done % args.log_every == 0 or is_last
         known = reader.push(done, torch.stack([loss, gradient_norm.to(loss)]))
         for late_step, (late_loss, late_norm) in known + (reader.flush() if saves or logging else []):
@@ -345,21 +354,20 @@ def main():
                 loss_by_time=loss_by_time,
             )
 
-        # Draw a grid from the average, and save. Their time is not training's.
+        # Save, and draw from the average. Their time is not training's.
         with meter.pause():
+            if saves:
+                counts = dict(zip(COUNTS, (bad_steps, bad_in_a_row, bad_images), strict=True))
+                state = trainer_state(args, config, done, samples_seen, source, counts | {"window": window.state()})
+                writer.save(done, model, ema, optimizer, state)
             if args.sample_every and done % args.sample_every == 0:
                 # With FSDP no rank has the whole model, so all of them draw it.
                 if rank == 0 or parallel == "fsdp":
-                    path = draw_grid(ema, transport, space, device, cfg_scale, args.global_seed, output_dir, done)
-                    log.picture(path, done)
+                    images, columns = draw_grid(ema, transport, space, device, cfg_scale, args.global_seed)
+                    log.grid(images, columns, done)
                 distributed.barrier()
             if args.eval_every and done % args.eval_every == 0:
                 log.evaluation(done, monitor.figures(draw_share(ema, transport, space, device, args)))
-            if saves:
-                counts = dict(bad_steps=bad_steps, bad_images=bad_images, window=window.state())
-                writer.save(
-                    done, model, ema, optimizer, trainer_state(args, config, done, samples_seen, source, counts)
-                )
         if stopping is not None:
             name = stop.signal.name if stop.signal else "a signal to another rank"
             log.line(f"{name}: stopping at step {done}; the same command continues")
@@ -371,6 +379,21 @@ def main():
     log.close()
     distributed.shutdown()
     sys.exit(stopping or (0 if written else 1))
+
+
+def first_step_of(start):
+    """Steps that the run has made before it starts."""
+    return 0 if start.state is None else start.state["step"]
+
+
+def last_step(args, source, start):
+    """The step with which the run is done: --max-steps, or that which completes --epochs from where it starts."""
+    if args.max_steps is not None:
+        return args.max_steps
+    images = args.epochs * source.num_examples
+    if start.state is None:
+        return max(1, images // args.global_batch_size)
+    return first_step_of(start) + max(0, images - start.state["samples_seen"]) // args.global_batch_size
 
 
 def split_batch(global_batch_size, micro_batch_size, world_size):
@@ -410,7 +433,7 @@ def resolve_parallel(args, model, device):
         # Weights, gradients, AdamW's two moments and the average, in float32, should leave half of the memory free.
         held = 20 * sum(p.numel() for p in model.parameters())
         room = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else math.inf
-        parallel = "ddp" if held < room else "fsdp"
+        parallel = distributed.from_rank_zero("ddp" if held < room else "fsdp")
     return parallel, distributed.mesh(device, args.fsdp_shard_size) if parallel == "fsdp" else None
 
 
@@ -433,6 +456,10 @@ def initial_weights(args, config):
     if heads != wanted:
         raise ValueError(f"--init-from {args.init_from} has {heads} attention heads, and the model {wanted}")
     given, notes = dict(weights.state_dict), [f"weights from {weights.path}"]
+    for key in ("path_type", "prediction"):
+        there, here = weights.config.get("transport", {}).get(key), config["transport"][key]
+        if there not in (None, here):
+            notes.append(f"the weights were trained with --{key.replace('_', '-')} {there}, and the run has {here}")
     key = "y_embedder.embedding_table.weight"
     if key in given and given[key].shape != fresh[key].shape and given[key].shape[1:] == fresh[key].shape[1:]:
         notes.append(f"{len(given[key])} rows of class embeddings there, {len(fresh[key])} here: they begin anew")
@@ -581,16 +608,12 @@ def update_ema(average, parameters, decay):
     torch._foreach_lerp_(average, parameters, 1 - decay)
 
 
-def draw_grid(ema, transport, space, device, cfg_scale, seed, output_dir, step):
-    """Write a grid of samples of the moving average, the same noise and classes each time."""
+def draw_grid(ema, transport, space, device, cfg_scale, seed):
+    """(samples of the moving average as uint8 (N, H, W, C), columns), the same noise and classes each time."""
     pipeline = sampling.Pipeline(ema, transport, space, device, guided_channels=None)
     labels = sampling.default_labels(ema.num_classes)
     images, _ = sampling.generate(pipeline, labels * 2, **SAMPLED_HOW, cfg_scale=cfg_scale, seed=seed)
-    path = output_dir / "samples" / f"{step:07d}.png"
-    if distributed.rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-        sampling.save_grid(images, path, columns=len(labels))
-    return path
+    return images, len(labels)
 
 
 def open_monitor(args, config, source, device):

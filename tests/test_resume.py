@@ -259,6 +259,70 @@ def test_a_run_can_go_on_from_a_checkpoint_in_another_folder(uninterrupted, tmp_
     assert contents(tmp_path / "checkpoint-40") == contents(source / "checkpoint-40")
 
 
+def test_a_run_whose_start_is_typed_while_the_last_one_stops(uninterrupted, tmp_path):
+    """A scheduler can start a job again before the old one is gone: what that saves meanwhile is gone on from."""
+    endless = [*TINY, "--max-steps", 10**6]
+    first = train(tmp_path, "one process", flags=endless)
+    wait_for_step(first, tmp_path, 5)
+    second = train(tmp_path, "one process", flags=endless)
+    time.sleep(3)  # it waits for the lock
+    first.signal(signal.SIGTERM)
+    finish(first, code=75)
+    (saved,) = checkpoint.steps(tmp_path)
+    wait_for_step(second, tmp_path, saved + 3)
+    second.signal(signal.SIGTERM)
+    assert f"continuing from {tmp_path}/checkpoint-{saved}," in finish(second, code=75).stdout
+    assert sorted(checkpoint.steps(tmp_path))[0] == saved and not list(tmp_path.glob("damaged-*"))
+
+
+def test_a_run_from_another_folder_is_typed_again(uninterrupted, tmp_path):
+    source = uninterrupted("one process")
+    more = ["--resume", source / "checkpoint-20"]
+    finish(train(tmp_path, "one process", *more, "--max-steps", 35))
+    result = finish(train(tmp_path, "one process", *more))
+    assert f"continuing from {tmp_path}/checkpoint-35" in result.stdout
+    assert contents(tmp_path / "checkpoint-40") == contents(source / "checkpoint-40")
+
+
+def test_epochs_are_completed_with_another_batch_size(tmp_path):
+    flags = [*TINY, "--ckpt-every", 1000]
+    finish(train(tmp_path, "one process", "--epochs", 1, flags=flags))
+    assert read_metrics(tmp_path)[-1]["step"] == 112
+    finish(train(tmp_path, "one process", "--epochs", 2, "--global-batch-size", 32, flags=flags))
+    last = read_metrics(tmp_path)[-1]
+    assert (
+        last["step"] == 112 + (2 * 1797 - 112 * 16) // 32
+        and last["samples_seen"] <= 2 * 1797 < last["samples_seen"] + 32
+    )
+
+
+def test_a_log_that_cannot_be_read_does_not_stop_a_run(tmp_path):
+    flags = [*TINY, "--ckpt-every", 5]
+    finish(train(tmp_path, "one process", "--max-steps", 5, flags=flags))
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\x80 no text")
+    finish(train(tmp_path, "one process", "--max-steps", 8, flags=flags))
+    assert len(curve(tmp_path)) == 8
+    (tmp_path / "log.txt").unlink()
+    (tmp_path / "log.txt").mkdir()
+    result = finish(train(tmp_path, "one process", "--max-steps", 9, flags=flags), code=2)
+    assert "log.txt cannot be written: Is a directory" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_grid_that_cannot_be_written_does_not_stop_a_run(tmp_path):
+    tmp_path.joinpath("samples").touch()
+    result = finish(train(tmp_path, "one process", "--max-steps", 4, "--sample-every", 2, "--ckpt-every", 2))
+    assert result.stderr.count("training goes on") == 1 and sorted(checkpoint.steps(tmp_path)) == [2, 4]
+
+
+def test_no_checkpoint_is_made_among_steps_that_are_not_finite(tmp_path):
+    good, bad = write_latents(tmp_path / "good", bad=[]), write_latents(tmp_path / "bad", bad=range(64))
+    flags = [*LATENT_FLAGS, "--max-bad-steps", 6, "--keep-checkpoints", 1, "--ckpt-every", 2]
+    finish(train(tmp_path / "run", "one process", "--max-steps", 4, flags=[*flags, "--data-path", good]))
+    finish(train(tmp_path / "run", "one process", "--max-steps", 40, flags=[*flags, "--data-path", bad]), code=3)
+    assert checkpoint.steps(tmp_path / "run") == [4]
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     script = train(tmp_path, "one process", flags=[*TINY, "--max-steps", 10**6])
     wait_for_step(script, tmp_path, 1)

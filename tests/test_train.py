@@ -345,17 +345,18 @@ def test_figures_and_grids_reach_the_trackers(tmp_path):
         def close(self):
             self.told.append("closed")
 
-    Image.new("RGB", (5, 3)).save(tmp_path / "grid.png")
     tracker = logs.TensorBoard(Writer, tmp_path, 7)
     log = logs.RunLog(tmp_path, 7, [tracker])
     figures = dict(loss=1.5, gradient_norm=2.0, images_per_second=3.0, data_wait=0.1, mfu=None, bad_steps=0)
     log.metrics(step=8, **figures, loss_by_time=[None, 0.5] + [None] * 8)
-    log.picture(tmp_path / "grid.png", 8)
+    log.grid(torch.zeros(6, 64, 64, 1, dtype=torch.uint8), 3, 8)
     log.close()
     told = tracker.writer.told
     assert told[0] == (str(tmp_path / "tensorboard"), 8) and told[-1] == "closed"
     assert (
-        ("loss", 1.5, 8) in told and ("loss_by_time/0.1", 0.5, 8) in told and ("samples", (3, 5, 3), 8, "HWC") in told
+        ("loss", 1.5, 8) in told
+        and ("loss_by_time/0.1", 0.5, 8) in told
+        and ("samples", (134, 200, 3), 8, "HWC") in told
     )
     assert not any(entry[0] in ("mfu", "loss_by_time/0.0") for entry in told)
 
