@@ -20,22 +20,33 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE_PIXELS = 32 * 256 * 256  # pixels that go through the autoencoder at a time
 
 
-class PixelSpace:
-    """No autoencoder: encode and decode return their input."""
+class Space:
+    """What the network works in. `prepare` makes of images what `draw` takes, and `draw` is where noise comes in."""
+
+    def encode(self, images, noise=None):
+        """Latents (N, channels, h, w) of images, or of what stands for them; see `draw`."""
+        return self.draw(self.prepare(images), noise)
+
+
+class PixelSpace(Space):
+    """No autoencoder: what is trained on and drawn are the images themselves."""
 
     downsampling = 1
 
     def __init__(self, channels):
         self.channels = channels
 
-    def encode(self, images, noise=None):
+    def prepare(self, images):
+        return images
+
+    def draw(self, images, noise=None):
         return images
 
     def decode(self, latents):
         return latents
 
 
-class AutoencoderSpace:
+class AutoencoderSpace(Space):
     """The latent space of a frozen `diffusers.AutoencoderKL`.
 
     Args:
@@ -53,7 +64,9 @@ class AutoencoderSpace:
         # Its way to load with little memory needs another package, and says so on every load.
         load = functools.partial(AutoencoderKL.from_pretrained, torch_dtype=dtype, low_cpu_mem_usage=False)
         model = _from_hub_or_folder(load, vae)
-        self.model = model.to(device).eval().requires_grad_(False)
+        # Where convolutions are fast with channels last, which is on GPUs.
+        layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+        self.model = model.to(device, memory_format=layout).eval().requires_grad_(False)
         self.dtype = dtype
         self.downsampling, self.channels = _geometry(self.model.config)
         self.scale = self.model.config.scaling_factor
@@ -69,12 +82,16 @@ class AutoencoderSpace:
 
         return _in_slices(moments_of_slice, images, images.shape[-2:])
 
-    def encode(self, images, noise=None):
-        """Draw latents (N, channels, H / downsampling, W / downsampling) from the posterior of images (N, 3, H, W).
+    def prepare(self, images):
+        """What `draw` takes, of images (N, 3, H, W): their posterior's moments, in which nothing is random."""
+        return self.moments(images)
+
+    def draw(self, moments, noise=None):
+        """Draw latents (N, channels, H / downsampling, W / downsampling) from the posterior moments of images.
 
         `noise` is standard normal in the shape of the latents; None draws it here.
         """
-        return draw(self.moments(images), noise, self.scale, self.shift)
+        return draw(moments, noise, self.scale, self.shift)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -87,7 +104,7 @@ class AutoencoderSpace:
         return _in_slices(decode_slice, latents, (height, width))
 
 
-class CachedSpace:
+class CachedSpace(Space):
     """A latent space whose encoding extract_latents.py did beforehand; the autoencoder is loaded to decode alone.
 
     Args:
@@ -105,7 +122,11 @@ class CachedSpace:
         """Load the autoencoder, unless it is there. Raises ValueError."""
         self.autoencoder = self.autoencoder or AutoencoderSpace(*self.arguments)
 
-    def encode(self, moments, noise=None):
+    def prepare(self, moments):
+        """The posterior moments (N, 2, channels, h, w) of cached images, as they are."""
+        return moments
+
+    def draw(self, moments, noise=None):
         """Draw latents (N, channels, h, w) from the posterior moments (N, 2, channels, h, w) of cached images."""
         return draw(moments, noise, self.scale, self.shift)
 

@@ -205,7 +205,7 @@ class SiT(nn.Module):
 
         Args:
             x: (N, in_channels, H, W) noisy images or latents.
-            t: (N,) times in [0, 1]; 0 is noise, 1 is data.
+            t: (N,) times in [0, 1], or (1,) for one that all share; 0 is noise, 1 is data.
             y: (N,) int64 class labels in [0, num_classes], num_classes being the null class.
             force_drop_ids: (N,) bool, labels to replace by the null class; None: at random, in training mode alone.
 
@@ -230,7 +230,7 @@ class SiT(nn.Module):
 
         Args:
             x: (2N, C, H, W); the second half is ignored and the first used for both.
-            t: (2N,) times.
+            t: (2N,) times, or (1,).
             y: (2N,) labels: N classes, then N times the null class.
             cfg_scale: 1 is no guidance.
             guided_channels: guide this many leading channels, and leave the rest as predicted for each half. 3 is what

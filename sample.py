@@ -3,6 +3,7 @@
 import math
 import pathlib
 
+import compute
 import distributed
 import options
 import sampling
@@ -14,6 +15,7 @@ def build_parser():
     options.add_transport_flags(parser, from_checkpoint=True)
     options.add_solver_flags(parser)
     sampling.add_guidance_flags(parser)
+    sampling.add_speed_flags(parser)
     add = options.flag_group(parser, "images")
     labels = "classes to draw (default: eight of ImageNet's for 1000 classes, else the first ten)"
     add("--class-labels", options.integer(0), "LABEL", labels, nargs="+")
@@ -36,7 +38,10 @@ def main():
         device = distributed.init()
         if distributed.rank() != 0:
             return distributed.shutdown()  # a grid is one process's work
-        pipeline = sampling.load_pipeline(args.ckpt, device, args.guided_channels, **sampling.given_flags(args))
+        precision = compute.resolve_precision(args.precision, device, on_gpu="tf32")
+        pipeline = sampling.load_pipeline(
+            args.ckpt, device, args.guided_channels, args.vae_precision, **sampling.given_flags(args)
+        )
         labels = args.class_labels or sampling.default_labels(pipeline.model.num_classes)
         sampling.check_labels(labels, pipeline.model.num_classes)
         cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model)
@@ -45,8 +50,11 @@ def main():
         sampling.make_sample_function(pipeline.transport, args.mode, settings, sampling.ImageNoise(0, [], device))
 
     # Draw, and write the grid with the settings beside it.
+    sampling.speed_up(pipeline, precision, args.compile)
+    labels_of_images = labels * args.samples_per_class
     with options.user_errors(parser):
-        images, counts = sampling.generate(pipeline, labels * args.samples_per_class, batch_size=args.batch_size, **how)
+        batch_size = min(args.batch_size, len(labels_of_images))
+        images, counts = sampling.generate(pipeline, labels_of_images, batch_size=batch_size, **how)
     columns = args.columns or (len(labels) if args.samples_per_class > 1 else max(4, math.ceil(math.sqrt(len(labels)))))
     sampling.save_grid(images, args.output, min(columns, len(images)))
     description = sampling.describe(pipeline, **how) | counts

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import compute
 import distributed
 import files
 import options
@@ -43,6 +44,7 @@ def build_parser():
     options.add_transport_flags(parser, from_checkpoint=True)
     options.add_solver_flags(parser)
     sampling.add_guidance_flags(parser)
+    sampling.add_speed_flags(parser)
     add = options.flag_group(parser, "images")
     add("--num-fid-samples", options.integer(1), "N", "images to draw", default=50_000)
     add("--per-proc-batch-size", options.integer(1), "N", "images at a time, per rank", default=32)
@@ -72,7 +74,10 @@ def main():
             apply_protocol(args, parser)
         settings = options.solver_settings(args)
         device = distributed.init()
-        pipeline = sampling.load_pipeline(args.ckpt, device, args.guided_channels, **sampling.given_flags(args))
+        precision = compute.resolve_precision(args.precision, device, on_gpu="tf32")
+        pipeline = sampling.load_pipeline(
+            args.ckpt, device, args.guided_channels, args.vae_precision, **sampling.given_flags(args)
+        )
         cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model)
         cfg_interval = sampling.resolve_cfg_interval(args.cfg_interval, cfg_scale)
         how = dict(
@@ -83,11 +88,13 @@ def main():
             args.num_fid_samples, pipeline.model.num_classes, args.global_seed, args.balanced_labels
         )
         identity = {
-            **sampling.describe(pipeline, **how),
             "weights_sha256": sampling.weights_digest(pipeline.model),
+            "vae_precision": args.vae_precision,
             "balanced_labels": args.balanced_labels,
             "num_fid_samples": args.num_fid_samples,
         }
+        sampling.speed_up(pipeline, precision, args.compile)
+        identity |= sampling.describe(pipeline, **how)
         output = args.output or args.sample_dir / default_name(args, identity)
         state = distributed.on_rank_zero(prepare, output, identity, args.save_png)
         if state == "done":
@@ -103,9 +110,16 @@ def main():
     start, most = time.perf_counter(), {}
     total = sum(end - begin for begin, end in mine)
     with tqdm(total=total, unit=" images", disable=None if distributed.rank() == 0 else True) as bar:
+
+        def finish(drawn, begin):
+            images = sampling.decode(pipeline, drawn, args.per_proc_batch_size).numpy()
+            write_part(output, images, begin, args.save_png)
+            bar.update(len(images))
+
+        background = sampling.Background(device)
         for begin, end in mine:
             with options.user_errors(parser):
-                images, counts = sampling.generate(
+                drawn, counts = sampling.draw(
                     pipeline,
                     labels[begin:end].tolist(),
                     **how,
@@ -113,14 +127,9 @@ def main():
                     batch_size=args.per_proc_batch_size,
                     show_progress=False,
                 )
-            with files.written_whole(parts / f"{begin:07d}-{end:07d}.npy") as partial, open(partial, "wb") as file:
-                np.save(file, images.numpy())
-            if args.save_png:
-                for i, image in enumerate(images.numpy(), begin):
-                    pixels = image[..., 0] if image.shape[-1] == 1 else image
-                    Image.fromarray(pixels).save(output.with_suffix(".pngs") / f"{i:06d}.png")
+            background.submit(finish, drawn, begin)
             most = {key: max(value, most.get(key, 0)) for key, value in counts.items()}
-            bar.update(end - begin)
+        background.close()
     seconds = time.perf_counter() - start
 
     # Put the parts together.
@@ -220,6 +229,18 @@ def missing_ranges(parts, count, group):
 
 def names(folder):
     return [path.name for path in folder.iterdir()]
+
+
+def write_part(output, images, begin, save_png):
+    """Write images (N, H, W, C), the first of which has the number `begin`: as a part, and as PNGs if asked for."""
+    end = begin + len(images)
+    if save_png:
+        for i, image in enumerate(images, begin):
+            pixels = image[..., 0] if image.shape[-1] == 1 else image
+            Image.fromarray(pixels).save(output.with_suffix(".pngs") / f"{i:06d}.png")
+    path = parts_folder(output) / f"{begin:07d}-{end:07d}.npy"
+    with files.written_whole(path) as partial, open(partial, "wb") as file:
+        np.save(file, images)
 
 
 def write_output(output, labels, description):

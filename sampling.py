@@ -1,5 +1,7 @@
 """From a checkpoint to images: what sample.py, train.py and every later script that draws samples share."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -12,6 +14,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import checkpoint
+import compute
 import download
 import latents
 import options
@@ -30,13 +33,18 @@ LABEL_STREAM = 1 << 32  # beyond the number of any image, whose noise is drawn f
 
 @dataclasses.dataclass
 class Pipeline:
-    """All that sampling needs, on one device. `guided_channels`: see `SiT.forward_with_cfg`."""
+    """All that sampling needs, on one device.
+
+    `guided_channels`: see `SiT.forward_with_cfg`. `precision`, `compiled`: how the model computes, see `speed_up`.
+    """
 
     model: SiT
     transport: Transport
-    space: latents.PixelSpace | latents.AutoencoderSpace | latents.CachedSpace
+    space: latents.Space
     device: torch.device
     guided_channels: int | None
+    precision: str = "fp32"
+    compiled: bool = False
 
 
 def add_weights_flags(parser, with_space=True):
@@ -96,6 +104,15 @@ def add_guidance_flags(parser):
     )
 
 
+def add_speed_flags(parser):
+    """Precision and compilation."""
+    add = options.flag_group(parser, "speed")
+    kinds = "of the model's matrix products; all else is fp32 (default: tf32 on a GPU, else fp32)"
+    add("--precision", options.one_of(*compute.DTYPES), "|".join(compute.DTYPES), kinds)
+    add("--vae-precision", options.one_of(*latents.PRECISIONS), "fp32|bf16", "of the autoencoder", default="fp32")
+    parser.add_argument("--compile", action="store_true", help="compile the model: slower to start, faster to draw")
+
+
 WEIGHTS_FLAGS = ("model", "image_size", "num_classes", "num_heads", "vae", *checkpoint.TRANSPORT_KEYS)
 
 
@@ -104,12 +121,13 @@ def given_flags(args):
     return {key: getattr(args, key) for key in WEIGHTS_FLAGS if getattr(args, key) is not None}
 
 
-def load_pipeline(ckpt, device, guided_channels=None, **given):
+def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", **given):
     """Build what a checkpoint holds.
 
     Args:
         ckpt: as `download.resolve` takes it; None: the released weights of given['model'] at given['image_size'].
         guided_channels: a number or 'all'; None: all for checkpoints of train.py, 3 for others.
+        vae_precision: one of latents.PRECISIONS.
         given: any of WEIGHTS_FLAGS. They say what weights without a config are, and must not contradict the others.
 
     Raises:
@@ -137,10 +155,16 @@ def load_pipeline(ckpt, device, guided_channels=None, **given):
     return Pipeline(
         model.to(device).eval().requires_grad_(False),
         transport,
-        latents.open_space(vae, channels, device),
+        latents.open_space(vae, channels, device, latents.PRECISIONS[vae_precision]),
         device,
         None if guided_channels == "all" else guided_channels,
     )
+
+
+def speed_up(pipeline, precision, compiled):
+    """Have the model compute in a precision of `compute.DTYPES`, compiled or not. Its weights are changed in place."""
+    compute.prepare_inference(pipeline.model, pipeline.device, precision, compiled)
+    pipeline.precision, pipeline.compiled = precision, compiled
 
 
 def _model_config(weights, given):
@@ -231,22 +255,28 @@ def resolve_cfg_interval(interval, cfg_scale):
     return tuple(interval)
 
 
-def guide(model, cfg_scale, guided_channels, interval=WHOLE):
-    """The model as a function (x, t, y) with classifier-free guidance; with scale 1, the model itself.
+def guide(pipeline, cfg_scale, interval=WHOLE):
+    """The pipeline's model as a function (x, t, y) with classifier-free guidance, in its precision.
 
     The unconditional half is added here, so that samplers see a batch of N, not 2N. It is computed for times in the
-    `interval` (low, high) alone, outside of which there is no guidance (Kynkäänniemi et al. 2024). All times of a call
-    are the same. The function's attribute `evaluations` counts the halves that were computed.
+    `interval` (low, high) alone, outside of which there is no guidance (Kynkäänniemi et al. 2024), and not at all with
+    scale 1. All times of a call are the same. The function's attribute `evaluations` counts the halves computed.
     """
+    model = pipeline.model
 
     def guided_model(x, t, y):
-        if cfg_scale == 1 or (interval != WHOLE and not interval[0] <= t[0].item() <= interval[1]):
-            guided_model.evaluations += 1
-            return model(x, t, y)
-        guided_model.evaluations += 2
-        null = torch.full_like(y, model.num_classes)
-        doubled = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
-        return model.forward_with_cfg(*doubled, cfg_scale, guided_channels)[: len(x)]
+        t = t[:1]  # embedded once
+        with compute.autocast(pipeline.device, pipeline.precision):
+            if cfg_scale == 1 or (interval != WHOLE and not interval[0] <= t.item() <= interval[1]):
+                guided_model.evaluations += 1
+                output = model(x, t, y)
+            else:
+                guided_model.evaluations += 2
+                null = torch.full_like(y, model.num_classes)
+                doubled = (torch.cat([x, x]), t, torch.cat([y, null]))
+                output = model.forward_with_cfg(*doubled, cfg_scale, pipeline.guided_channels)[: len(x)]
+        # A copy: the next call of a model that is recorded as a CUDA graph writes over this one's output.
+        return output.to(x.dtype, copy=True)
 
     guided_model.evaluations = 0
     return guided_model
@@ -296,21 +326,28 @@ def solver_group(settings, batch_size):
     return ADAPTIVE_GROUP if adapts else batch_size
 
 
-def in_batches(model, batch_size, bar):
-    """A function (x, t, y) that calls one of the kind batch by batch, tells the bar, and counts its calls: `calls`."""
+def in_batches(model, batch_size, bar, whole=False):
+    """A function (x, t, y) that calls one of the kind batch by batch, tells the bar, and counts its calls: `calls`.
+
+    With `whole`, it fills up the last batch, for a model that is compiled for one size.
+    """
 
     def batched_model(x, t, y):
         batched_model.calls += 1
         bar.update()
+        count = len(x)
+        if whole and count % batch_size:
+            rows = torch.arange(math.ceil(count / batch_size) * batch_size, device=x.device).clamp(max=count - 1)
+            x, t, y = x[rows], t[rows], y[rows]
         batches = zip(x.split(batch_size), t.split(batch_size), y.split(batch_size), strict=True)
-        return torch.cat([model(*batch) for batch in batches])
+        return torch.cat([model(*batch) for batch in batches])[:count]
 
     batched_model.calls = 0
     return batched_model
 
 
 @torch.no_grad()
-def generate(
+def draw(
     pipeline,
     labels,
     *,
@@ -323,7 +360,7 @@ def generate(
     batch_size=64,
     show_progress=True,
 ):
-    """Draw one image per label.
+    """Draw one latent per label.
 
     Args:
         labels: N class labels; image i of the call has the index first_index + i, which decides its noise.
@@ -333,12 +370,12 @@ def generate(
         show_progress: a bar of network calls, on a terminal.
 
     Returns:
-        (images, counts): uint8 (N, H, W, C) on the CPU; and {'network_calls_per_image',
-        'network_evaluations_per_image'}, a guided call being two evaluations: the most that any batch took.
+        (latents, counts): (N, channels, h, w); and {'network_calls_per_image', 'network_evaluations_per_image'}, a
+        guided call being two evaluations: the most that any batch took.
     """
     model, device = pipeline.model, pipeline.device
     shape = (model.in_channels, model.input_size, model.input_size)
-    images, most_calls, most_evaluations = [], 0, 0
+    drawn, most_calls, most_evaluations = [], 0, 0
     group = solver_group(settings, batch_size)
     starts = range(0, len(labels), group)
     calls_per_batch = make_sample_function(
@@ -350,14 +387,59 @@ def generate(
             y = torch.tensor(labels[start : start + group], device=device)
             noise = ImageNoise(seed, range(first_index + start, first_index + start + len(y)), device)
             sample = make_sample_function(pipeline.transport, mode, settings, noise)
-            guided_model = guide(model, cfg_scale, pipeline.guided_channels, cfg_interval)
-            batched_model = in_batches(guided_model, batch_size, bar)
-            x = sample(noise.draw(shape), batched_model, y=y)[-1]
-            images += [to_uint8(pipeline.space.decode(part)) for part in x.split(batch_size)]
+            guided_model = guide(pipeline, cfg_scale, cfg_interval)
+            batched_model = in_batches(guided_model, batch_size, bar, whole=pipeline.compiled)
+            drawn.append(sample(noise.draw(shape), batched_model, y=y)[-1])
             most_calls = max(most_calls, batched_model.calls)
             batches = math.ceil(len(y) / batch_size)
             most_evaluations = max(most_evaluations, guided_model.evaluations // batches)
-    return torch.cat(images), dict(zip(COUNTS, (most_calls, most_evaluations), strict=True))
+    return torch.cat(drawn), dict(zip(COUNTS, (most_calls, most_evaluations), strict=True))
+
+
+def decode(pipeline, drawn, batch_size=64):
+    """uint8 images (N, H, W, C) on the CPU from what `draw` returns, `batch_size` at a time."""
+    return torch.cat([to_uint8(pipeline.space.decode(part)) for part in drawn.split(batch_size)])
+
+
+def generate(pipeline, labels, *, batch_size=64, **how):
+    """Draw one image per label: `draw`, with its arguments, and `decode`. Returns (images, counts)."""
+    drawn, counts = draw(pipeline, labels, batch_size=batch_size, **how)
+    return decode(pipeline, drawn, batch_size), counts
+
+
+class Background:
+    """Calls functions in a thread, one after the other, on a stream of their own where there are streams.
+
+    So that images are decoded and written while the next are drawn. An exception that one raises is raised by a later
+    `submit`, or by `close`.
+    """
+
+    MOST_WAITING = 2  # what they work on is memory
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.waiting = collections.deque()
+
+    def submit(self, function, *args):
+        """Call function(*args) after what was submitted before; it must be done on the device when it returns."""
+        if len(self.waiting) == self.MOST_WAITING:
+            self.waiting.popleft().result()
+        ready = None if self.stream is None else torch.cuda.current_stream(self.stream.device).record_event()
+        self.waiting.append(self.thread.submit(self._call, ready, function, args))
+
+    @torch.no_grad()
+    def _call(self, ready, function, args):
+        with torch.cuda.stream(self.stream):
+            if ready is not None:
+                self.stream.wait_event(ready)
+            function(*args)
+
+    def close(self):
+        """Wait until all is done."""
+        while self.waiting:
+            self.waiting.popleft().result()
+        self.thread.shutdown()
 
 
 def to_uint8(images):
@@ -394,7 +476,7 @@ def describe(pipeline, *, mode, settings, cfg_scale, seed, cfg_interval=WHOLE):
         "cfg_interval": list(cfg_interval) if cfg_scale != 1 else None,
         "guided_channels": min(guided_channels, pipeline.model.in_channels) if cfg_scale != 1 else 0,
         "channels": pipeline.model.in_channels,
-        "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
+        "precision": pipeline.precision,
         "path": type(pipeline.transport.path).__name__,
         "prediction": pipeline.transport.prediction,
         "sample_eps": pipeline.transport.sample_eps,

@@ -34,9 +34,7 @@ def test_a_checkpoint_of_train_needs_no_other_flag(digits_run, tmp_path):
     result = run("sample.py", "--ckpt", digits_run, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (
-        "ODE dopri5" in result.stdout
-        and "float32" in result.stdout
-        and "guidance 4 on 1 of 1 channels" in result.stdout
+        "ODE dopri5" in result.stdout and "fp32" in result.stdout and "guidance 4 on 1 of 1 channels" in result.stdout
     )
     assert Image.open(tmp_path / "sample.png").size == (4 * 66 + 2, 3 * 66 + 2)
     description = json.loads((tmp_path / "sample.json").read_text())
@@ -84,16 +82,19 @@ def test_guidance_equals_its_formula_and_scale_one_runs_no_unconditional_half(pi
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
-        x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([1, 2, 3])
+        x, t, y = torch.randn(3, 4, 8, 8), torch.full((3,), 0.3), torch.tensor([1, 2, 3])
+
+        def guided(*arguments, channels=None):
+            return sampling.guide(sampling.Pipeline(model, None, None, CPU, channels), *arguments)
+
         conditional, unconditional = model(x, t, y), model(x, t, torch.full_like(y, 10))
         expected = unconditional + 3 * (conditional - unconditional)
-        torch.testing.assert_close(sampling.guide(model, 3.0, None)(x, t, y), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(guided(3.0)(x, t, y), expected, atol=1e-5, rtol=1e-5)
         expected[:, 3:] = conditional[:, 3:]
-        torch.testing.assert_close(sampling.guide(model, 3.0, 3)(x, t, y), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(sampling.guide(model, 1.0, None)(x, t, y), conditional)
-        inside, outside = (sampling.guide(model, 3.0, None, interval) for interval in ((0.2, 0.4), (0.4, 1.0)))
-        t = torch.full((3,), 0.3)
-        torch.testing.assert_close(inside(x, t, y), sampling.guide(model, 3.0, None)(x, t, y))
+        torch.testing.assert_close(guided(3.0, channels=3)(x, t, y), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(guided(1.0)(x, t, y), conditional)
+        inside, outside = (guided(3.0, interval) for interval in ((0.2, 0.4), (0.4, 1.0)))
+        torch.testing.assert_close(inside(x, t, y), guided(3.0)(x, t, y))
         torch.testing.assert_close(outside(x, t, y), model(x, t, y))
         assert (inside.evaluations, outside.evaluations) == (2, 1)
 

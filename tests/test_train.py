@@ -18,6 +18,7 @@ import logs
 import metrics
 import sampling
 import train
+import training
 from models import SiT
 from transport import create_transport
 
@@ -85,24 +86,24 @@ def test_learning_rate_decay_and_average_are_those_of_the_flags(tmp_path):
 def test_ema_is_the_recursion_of_its_definition():
     average, parameters = [torch.randn(2, 2), torch.randn(3)], [torch.randn(2, 2), torch.randn(3)]
     expected = [0.9 * a + 0.1 * p for a, p in zip(average, parameters, strict=True)]
-    train.update_ema(average, parameters, 0.9)
+    training.update_ema(average, parameters, 0.9)
     torch.testing.assert_close(average, expected)
 
 
 def test_a_young_average_forgets_faster():
-    assert [train.ema_decay(step, 0.9999, True) for step in (0, 8)] == [2 / 11, 10 / 19]
-    assert train.ema_decay(10**6, 0.9999, True) == train.ema_decay(0, 0.9999, False) == 0.9999
+    assert [training.ema_decay(step, 0.9999, True) for step in (0, 8)] == [2 / 11, 10 / 19]
+    assert training.ema_decay(10**6, 0.9999, True) == training.ema_decay(0, 0.9999, False) == 0.9999
 
 
 def test_the_learning_rate_rises_and_falls():
-    rates = [train.learning_rate(step, 30, 2.0, 10, "cosine") for step in (0, 4, 9, 10, 20, 30)]
+    rates = [training.learning_rate(step, 30, 2.0, 10, "cosine") for step in (0, 4, 9, 10, 20, 30)]
     np.testing.assert_allclose(rates, [0.2, 1.0, 2.0, 2.0, 1.0, 0.0], atol=1e-12)
-    assert train.learning_rate(500, 1000, 2.0, 10, "constant") == 2.0
+    assert training.learning_rate(500, 1000, 2.0, 10, "constant") == 2.0
 
 
 def test_what_is_random_belongs_to_the_place_in_the_global_batch():
     def draw(step, start, end, seed=0):
-        return train.draw_randomness(seed, step, 16, slice(start, end), (1, 8, 8), torch.device("cpu"))
+        return training.draw_randomness(seed, step, 16, slice(start, end), (1, 8, 8), torch.device("cpu"))
 
     whole = draw(3, 0, 16)
     for part, tensor in zip(draw(3, 4, 9), whole, strict=True):
@@ -281,7 +282,7 @@ def test_the_loss_by_time_is_a_part_of_the_loss(tmp_path):
     assert result.returncode == 0, result.stderr
     (line,) = read_metrics(tmp_path)
     uniform = torch.cat(
-        [train.draw_randomness(0, step, 16, slice(0, 16), (1, 8, 8), torch.device("cpu"))[0] for step in range(5)]
+        [training.draw_randomness(0, step, 16, slice(0, 16), (1, 8, 8), torch.device("cpu"))[0] for step in range(5)]
     )
     shares = torch.histc(uniform, 10, 0, 1) / 80
     expected = sum(share.item() * value for share, value in zip(shares, line["loss_by_time"], strict=True) if share)

@@ -1,0 +1,109 @@
+"""What the benchmarks share: rows that are measured in turn, times by part, peak memory, and tables."""
+
+import datetime
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+CLEAR_REFS = pathlib.Path("/proc/self/clear_refs")
+
+
+class Clock:
+    """Times the parts of something that is done again and again, without making the host wait.
+
+    On a GPU by events in its stream, whose times are read in `parts`; on a CPU by the clock.
+    """
+
+    def __init__(self, device):
+        self.on_gpu = device.type == "cuda"
+        self.marks = []
+
+    def mark(self, part):
+        """The part `part` ends here; None: something begins here."""
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((part, event))
+        else:
+            self.marks.append((part, time.perf_counter()))
+
+    def parts(self):
+        """[(part, seconds)] of all that was marked; waits for the device, and begins anew."""
+        marks, self.marks = self.marks, []
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return [
+            (part, begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin)
+            for (_, begin), (part, end) in zip(marks, marks[1:], strict=False)
+            if part is not None
+        ]
+
+
+def synchronize(device):
+    """Wait for what the device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device):
+    """Begin to measure `peak_memory` anew, where the system can (on a CPU: Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")
+
+
+def peak_memory(device):
+    """Bytes that were in use at most: tensors on a GPU; on a CPU all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds_in_turn(rows, rounds, repeats, device):
+    """Seconds of one call of each row, a list over rounds: in every round each row is called `repeats` times in turn.
+
+    Args:
+        rows: {name: function without arguments}.
+    """
+    seconds = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, function in rows.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / repeats)
+    return seconds
+
+
+def where(device):
+    """One line: machine, PyTorch and date, as every table needs them."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"{torch.get_num_threads()} threads of {platform.machine()} ({capability}), no GPU"
+    return f"{name}, torch {torch.__version__}, {datetime.date.today()}"
+
+
+def print_table(columns, rows):
+    """A Markdown table of cells, which are turned into text; None is a dash."""
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |")
+
+
+def median(values):
+    return statistics.median(values)

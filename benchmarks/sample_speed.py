@@ -1,0 +1,244 @@
+"""Images per second of guided sampling, from the official recipe to this project's: python benchmarks/sample_speed.py
+
+Every row draws the same latents from the same noise by the same solver. The first is the official recipe in this
+project's words: float32 weights, TF32 products on a GPU, guidance on a doubled batch whose halves both go through the
+solver, and all of its states kept. The rows after it add what sample_ddp.py does, one by one; the last two guide in an
+interval of times, which is another thing to compute, and are there for what it saves.
+
+Weights are random, and not zero where training begins with zeros; with --ckpt they are those of a checkpoint. Rows are
+measured in turn, round by round; the figures are medians over rounds. The difference to the first row is relative, in
+the 2-norm over all latents. --agreement compares precisions for other solvers, too.
+"""
+
+import copy
+import dataclasses
+import json
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import measuring  # noqa: E402
+
+import compute  # noqa: E402
+import costs  # noqa: E402
+import distributed  # noqa: E402
+import latents  # noqa: E402
+import options  # noqa: E402
+import sampling  # noqa: E402
+from models import SiT_models  # noqa: E402
+from transport import Sampler, create_transport  # noqa: E402
+
+INTERVAL = (0.3, 0.8)  # of t
+
+
+@dataclasses.dataclass
+class Row:
+    """One setting."""
+
+    name: str
+    precision: str
+    compiled: bool = False
+    interval: tuple = sampling.WHOLE
+    official: bool = False
+
+
+def rows_for(device):
+    """The rows that are measured on a device."""
+    plain = "tf32" if device.type == "cuda" else "fp32"
+    return [
+        Row(f"official recipe, {plain}", plain, official=True),
+        Row(f"sample_ddp.py, {plain}", plain),
+        Row("... --precision bf16", "bf16"),
+        Row("... --precision bf16 --compile", "bf16", compiled=True),
+        Row(f"{plain}, --cfg-interval {INTERVAL[0]} {INTERVAL[1]}", plain, interval=INTERVAL),
+        Row(f"bf16, compiled, --cfg-interval {INTERVAL[0]} {INTERVAL[1]}", "bf16", compiled=True, interval=INTERVAL),
+    ]
+
+
+class OfficialSampling:
+    """The official script's way to draw guided latents, with the noise of this project's images.
+
+    Args:
+        how: mode, settings, cfg_scale and seed, as `sampling.draw` takes them.
+    """
+
+    def __init__(self, pipeline, labels, how):
+        self.pipeline, self.labels, self.how = pipeline, labels, how
+
+    @torch.no_grad()
+    def __call__(self):
+        """Latents (N, C, h, w)."""
+        pipeline, how = self.pipeline, self.how
+        model, device, count = pipeline.model, pipeline.device, len(self.labels)
+        noise = sampling.ImageNoise(how["seed"], range(count), device)
+        x = noise.draw((model.in_channels, model.input_size, model.input_size))
+        y = torch.tensor(self.labels, device=device)
+        y = torch.cat([y, torch.full_like(y, model.num_classes)])
+
+        def randn_like(x):
+            half = noise.randn_like(x[:count])
+            return torch.cat([half, half])
+
+        def model_fn(x, t, y):
+            return model.forward_with_cfg(x, t, y, how["cfg_scale"], pipeline.guided_channels)
+
+        sampler = Sampler(pipeline.transport)
+        if how["mode"] == "SDE":
+            sample = sampler.sample_sde(**how["settings"], trajectory=True, randn_like=randn_like)
+        else:
+            sample = sampler.sample_ode(**how["settings"], trajectory=True)
+        return sample(torch.cat([x, x]), model_fn, y=y)[-1][:count]
+
+
+def random_pipeline(name, input_size, device):
+    """A model with random weights, also where training begins with zeros, in a space without autoencoder."""
+    torch.manual_seed(0)
+    model = SiT_models[name](input_size=input_size, num_classes=1000)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    model = model.to(device).eval().requires_grad_(False)
+    space = latents.PixelSpace(model.in_channels)
+    return sampling.Pipeline(model, create_transport(), space, device, guided_channels=3)
+
+
+def drawing(pipeline, row, labels, how):
+    """A function that draws latents as a row says, with weights of its own."""
+    if row.official:
+        return OfficialSampling(pipeline, labels, how)
+    own = dataclasses.replace(pipeline, model=copy.deepcopy(pipeline.model))
+    sampling.speed_up(own, row.precision, row.compiled)
+    more = dict(cfg_interval=row.interval, batch_size=len(labels), show_progress=False)
+    return lambda: sampling.draw(own, labels, **how, **more)[0]
+
+
+def difference(a, b):
+    """Relative difference of a to b in the 2-norm."""
+    return float((a - b).norm() / b.norm())
+
+
+def agreement(pipeline, labels, how, device):
+    """Rows of a table: for each solver, how far bf16 and compilation are from this project's plain precision."""
+    plain = rows_for(device)[1]
+    solvers = {
+        "SDE Euler": ("SDE", options.SDE_DEFAULTS),
+        "SDE Heun": ("SDE", options.SDE_DEFAULTS | {"sampling_method": "Heun"}),
+        "ODE euler": ("ODE", options.ODE_DEFAULTS | {"sampling_method": "euler"}),
+        "ODE heun2": ("ODE", options.ODE_DEFAULTS | {"sampling_method": "heun2"}),
+        "ODE dopri5": ("ODE", options.ODE_DEFAULTS),
+    }
+    num_steps = how["settings"]["num_steps"]
+    for solver, (mode, settings) in solvers.items():
+        here = how | {"mode": mode, "settings": settings | {"num_steps": num_steps}}
+        reference = drawing(pipeline, plain, labels, here)()
+        cells = []
+        for row in (Row("bf16", "bf16"), Row("compiled", plain.precision, True), Row("both", "bf16", True)):
+            drawn = drawing(pipeline, row, labels, here)()
+            grey = [sampling.decode(pipeline, x).int() for x in (drawn, reference)]
+            off = (grey[0] - grey[1]).abs().float()
+            cells.append(f"{difference(drawn, reference):.1e}; {off.mean():.2f}, {off.max():.0f}")
+        yield [solver, *cells]
+
+
+def build_parser():
+    parser = options.Parser(description="Images per second of guided sampling, from the official recipe to this one.")
+    add = options.flag_group(parser, "measurement")
+    names = "SiT-XL/2 on a GPU, SiT-S/2 on a CPU"
+    add("--model", options.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)} (default: {names})")
+    add("--ckpt", str, "PATH", "weights of a checkpoint of train.py, in place of random ones of --model")
+    add("--image-size", options.integer(16), "PIXELS", "latents are an eighth of it", default=256)
+    add("--batch-size", options.integer(1), "N", "images at a time (default: 32 on a GPU, 4 on a CPU)")
+    add("--mode", options.one_of("SDE", "ODE"), "SDE|ODE", "SDE: Euler-Maruyama; ODE: heun2", default="SDE")
+    steps = "time points (default: 250 on a GPU, 5 on a CPU, where an image takes as much longer as it has more steps)"
+    add("--num-sampling-steps", options.integer(2), "N", steps)
+    add("--cfg-scale", options.number(), "S", "guidance scale", default=1.5)
+    add("--rounds", options.integer(1), "N", "rounds over all rows", default=5)
+    parser.add_argument("--agreement", action="store_true", help="compare precisions for several solvers, and no speed")
+    add("--json", pathlib.Path, "FILE", "write the figures there, too")
+    return parser
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    with options.user_errors(parser):
+        device = distributed.init()
+        on_gpu = device.type == "cuda"
+        name = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
+        if args.image_size % 8:
+            raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
+        if args.ckpt is None:
+            pipeline = random_pipeline(name, args.image_size // 8, device)
+        else:
+            name, pipeline = args.ckpt, sampling.load_pipeline(args.ckpt, device)
+    model = pipeline.model
+    num_steps = args.num_sampling_steps or (250 if on_gpu else 5)
+    settings = options.SDE_DEFAULTS
+    if args.mode == "ODE":
+        settings = options.ODE_DEFAULTS | {"sampling_method": "heun2"}
+    how = dict(mode=args.mode, settings=settings | {"num_steps": num_steps}, cfg_scale=args.cfg_scale, seed=0)
+    batch_size = args.batch_size or (32 if on_gpu else 4)
+    labels = [(37 * i) % model.num_classes for i in range(batch_size)]
+    rows = rows_for(device)
+    compute.resolve_precision(rows[0].precision, device, on_gpu="tf32")
+    tokens = (model.input_size // model.patch_size) ** 2
+    print(f"{name}, {tokens} tokens, {batch_size} images at a time; {measuring.where(device)}")
+    how_text = f"{args.mode} {settings['sampling_method']}, {num_steps} time points, guidance {args.cfg_scale:g}"
+    if args.agreement:
+        print(f"{how_text}: relative difference of latents; of decoded pixels in grey levels, mean and largest\n")
+        columns = ["solver", *(f"{what} to {rows[1].precision}" for what in ("bf16", "compiled", "both"))]
+        return measuring.print_table(columns, agreement(pipeline, labels, how, device))
+
+    # That all rows draw the same, with warming up and compiling on the way; then how fast.
+    functions = {row.name: drawing(pipeline, row, labels, how) for row in rows}
+    drawn = {name: function() for name, function in functions.items()}
+    memory = {}
+    for name_of_row, function in functions.items():
+        measuring.reset_peak_memory(device)
+        function()
+        memory[name_of_row] = measuring.peak_memory(device)
+    seconds = measuring.seconds_in_turn(functions, args.rounds, 1, device)
+
+    # Say it.
+    calls = sampling.make_sample_function(
+        pipeline.transport, args.mode, how["settings"], sampling.ImageNoise(0, [], device)
+    ).network_calls
+    config = dict(SiT_models[name].keywords, input_size=args.image_size // 8) if args.ckpt is None else None
+    base = measuring.median(seconds[rows[0].name])
+    figures, lines = {}, []
+    for row in rows:
+        median = measuring.median(seconds[row.name])
+        rate, whole = batch_size / median, row.interval == sampling.WHOLE
+        off = difference(drawn[row.name], drawn[rows[0].name]) if whole else None
+        # The matrix products of both halves in every call, whether or not a row computes them.
+        flops = config and costs.forward_flops(config) * 2 * calls * rate if whole else None
+        peak = costs.peak_flops(device, row.precision)
+        figures[row.name] = {"images_per_second": rate, "ratio": base / median, "seconds": median, "difference": off}
+        figures[row.name] |= {"mfu": peak and flops and flops / peak, "memory": memory[row.name]}
+        lines.append(
+            [
+                row.name,
+                f"{rate:.3f}",
+                f"{base / median:.2f}",
+                f"{median:.2f} ({min(seconds[row.name]):.2f} to {max(seconds[row.name]):.2f})",
+                f"{median / calls * 1e3:.1f}",
+                flops and f"{flops / 1e12:.2f}",
+                peak and flops and f"{flops / peak:.1%}",
+                f"{memory[row.name] / 2**30:.2f}",
+                off if off is None else f"{off:.1e}",
+            ]
+        )
+    print(f"{how_text}: {calls} network calls; without decoding\n")
+    columns = ["row", "images/s", "ratio", "s per batch (range)", "ms per call", "TFLOP/s", "MFU", "peak GiB"]
+    measuring.print_table([*columns, "difference"], lines)
+    if not on_gpu:
+        print("\non a GPU: not measured")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"model": name, "where": measuring.where(device), "rows": figures}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

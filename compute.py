@@ -1,0 +1,53 @@
+"""How the network's arithmetic is done: the precision of its matrix products, and compilation."""
+
+import torch
+
+# What blocks compute in. Whatever the precision, weights in training, sums, times, noise and losses are float32.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_precision(precision, device, on_gpu):
+    """The precision to compute in, 'fp32', 'tf32' or 'bf16'; sets how PyTorch multiplies float32 matrices.
+
+    Args:
+        precision: one of DTYPES; None: fp32 on a CPU, `on_gpu` on a GPU, or fp32 if that is bf16 and the GPU has none.
+
+    Raises:
+        ValueError: tf32 on a CPU.
+    """
+    if device.type != "cuda":
+        if precision == "tf32":
+            raise ValueError("--precision tf32 needs a CUDA GPU; fp32 and bf16 run on a CPU, too")
+        return precision or "fp32"
+    if precision is None:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "fp32" if on_gpu == "bf16" and not has_bf16 else on_gpu
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return precision
+
+
+def autocast(device, precision):
+    """Context in which matrix products are taken in `precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compile_training(model, parallel):
+    """Compile the forward pass as one graph, in place; under FSDP, whose gathering is not to be traced, each block's.
+
+    `fullgraph` makes a graph break an error.
+    """
+    for module in model.blocks if parallel == "fsdp" else [model]:
+        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+
+
+def prepare_inference(model, device, precision, compiled):
+    """Make a model that is not trained fast, in place: its blocks' weights in `precision`, its forward pass compiled.
+
+    To be called under `autocast`, which then has no weights of blocks left to convert. On a GPU the compiled pass is
+    recorded as CUDA graphs, one for each batch size, whose output the next call overwrites.
+    """
+    model.blocks.to(DTYPES[precision])
+    if compiled:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
