@@ -39,7 +39,7 @@ class LossWindow:
         """What losses (N,) at times t (N,) add to the sums, apart from the step."""
         losses = losses.detach().double()
         bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
-        members = torch.nn.functional.one_hot(bins, TIME_BINS).double()
+        members = (bins[:, None] == torch.arange(TIME_BINS, device=t.device)).double()
         step, images = losses.new_zeros(1), losses.new_full((1,), len(losses))
         return torch.cat([step, images, losses.sum()[None], members.sum(0), losses @ members])
 

@@ -44,6 +44,15 @@ class Clock:
         ]
 
 
+def choose(rows, numbers):
+    """The rows of these numbers, and the first, to which the others are held; None: all. Raises ValueError."""
+    if numbers is None:
+        return rows
+    if max(numbers) >= len(rows):
+        raise ValueError(f"--rows {max(numbers)}: there are rows 0 to {len(rows) - 1}")
+    return [row for i, row in enumerate(rows) if i == 0 or i in numbers]
+
+
 def synchronize(device):
     """Wait for what the device was given to do."""
     if device.type == "cuda":

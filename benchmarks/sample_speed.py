@@ -122,7 +122,7 @@ def difference(a, b):
 
 def agreement(pipeline, labels, how, device):
     """Rows of a table: for each solver, how far bf16 and compilation are from this project's plain precision."""
-    plain = rows_for(device)[1]
+    plain = rows_for(device)[1].precision
     solvers = {
         "SDE Euler": ("SDE", options.SDE_DEFAULTS),
         "SDE Heun": ("SDE", options.SDE_DEFAULTS | {"sampling_method": "Heun"}),
@@ -133,9 +133,9 @@ def agreement(pipeline, labels, how, device):
     num_steps = how["settings"]["num_steps"]
     for solver, (mode, settings) in solvers.items():
         here = how | {"mode": mode, "settings": settings | {"num_steps": num_steps}}
-        reference = drawing(pipeline, plain, labels, here)()
+        reference = drawing(pipeline, Row("plain", plain), labels, here)()
         cells = []
-        for row in (Row("bf16", "bf16"), Row("compiled", plain.precision, True), Row("both", "bf16", True)):
+        for row in (Row("bf16", "bf16"), Row("compiled", plain, True), Row("both", "bf16", True)):
             drawn = drawing(pipeline, row, labels, here)()
             grey = [sampling.decode(pipeline, x).int() for x in (drawn, reference)]
             off = (grey[0] - grey[1]).abs().float()
@@ -156,6 +156,7 @@ def build_parser():
     add("--num-sampling-steps", options.integer(2), "N", steps)
     add("--cfg-scale", options.number(), "S", "guidance scale", default=1.5)
     add("--rounds", options.integer(1), "N", "rounds over all rows", default=5)
+    add("--rows", options.integer(0), "N", "rows to measure, of 0 to 5; the first is always", nargs="+")
     parser.add_argument("--agreement", action="store_true", help="compare precisions for several solvers, and no speed")
     add("--json", pathlib.Path, "FILE", "write the figures there, too")
     return parser
@@ -168,6 +169,7 @@ def main():
         device = distributed.init()
         on_gpu = device.type == "cuda"
         name = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
+        rows = measuring.choose(rows_for(device), args.rows)
         if args.image_size % 8:
             raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
         if args.ckpt is None:
@@ -182,14 +184,13 @@ def main():
     how = dict(mode=args.mode, settings=settings | {"num_steps": num_steps}, cfg_scale=args.cfg_scale, seed=0)
     batch_size = args.batch_size or (32 if on_gpu else 4)
     labels = [(37 * i) % model.num_classes for i in range(batch_size)]
-    rows = rows_for(device)
     compute.resolve_precision(rows[0].precision, device, on_gpu="tf32")
     tokens = (model.input_size // model.patch_size) ** 2
     print(f"{name}, {tokens} tokens, {batch_size} images at a time; {measuring.where(device)}")
     how_text = f"{args.mode} {settings['sampling_method']}, {num_steps} time points, guidance {args.cfg_scale:g}"
     if args.agreement:
         print(f"{how_text}: relative difference of latents; of decoded pixels in grey levels, mean and largest\n")
-        columns = ["solver", *(f"{what} to {rows[1].precision}" for what in ("bf16", "compiled", "both"))]
+        columns = ["solver", *(f"{what} to {rows[0].precision}" for what in ("bf16", "compiled", "both"))]
         return measuring.print_table(columns, agreement(pipeline, labels, how, device))
 
     # That all rows draw the same, with warming up and compiling on the way; then how fast.

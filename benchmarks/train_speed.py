@@ -14,6 +14,7 @@ import itertools
 import json
 import pathlib
 import sys
+import time
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -213,7 +214,10 @@ def losses_of(trainer, row, steps):
     """Losses of the first steps from the initial weights."""
     trainer.reset()
     trainer.use(row)
-    return [float(trainer.step(row)) for _ in range(steps)]
+    start = time.perf_counter()
+    losses = [float(trainer.step(row)) for _ in range(steps)]
+    print(f"{row.name}: {time.perf_counter() - start:.0f} s for {steps} steps, the first compiling", file=sys.stderr)
+    return losses
 
 
 def measure(trainer, rows, rounds, steps):
@@ -266,10 +270,7 @@ def main():
         device = distributed.init()
         on_gpu = device.type == "cuda"
         name = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
-        rows = rows_for(device)
-        if max(args.rows or [0]) >= len(rows):
-            raise ValueError(f"--rows: there are rows 0 to {len(rows) - 1}")
-        rows = [row for i, row in enumerate(rows) if i == 0 or i in (args.rows or range(len(rows)))]
+        rows = measuring.choose(rows_for(device), args.rows)
         if args.image_size % 8:
             raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
         torch.manual_seed(0)

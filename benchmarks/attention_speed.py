@@ -1,0 +1,116 @@
+"""Scaled-dot-product attention by backend and head size: python benchmarks/attention_speed.py
+
+SiT-XL has heads of 72 numbers, no size that kernels are made for. Each backend of PyTorch that takes the sizes is
+measured on heads as they are and on heads filled up with zeros to 80, 96 and 128, which changes nothing in the result;
+rows in turn, round by round, medians over rounds.
+"""
+
+import contextlib
+import pathlib
+import sys
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import measuring  # noqa: E402
+
+import distributed  # noqa: E402
+import options  # noqa: E402
+from models import SIZES  # noqa: E402
+
+BACKENDS = {
+    "PyTorch's choice": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "plain": SDPBackend.MATH,
+}
+PADDED = (80, 96, 128)
+
+
+def attention(backend, q, k, v, head_size, gradient):
+    """A function that computes attention of heads filled up to `head_size`, and its gradients if asked for."""
+    scale = q.shape[-1] ** -0.5
+
+    def compute():
+        padded = [torch.nn.functional.pad(x, (0, head_size - x.shape[-1])) for x in (q, k, v)]
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+            output = torch.nn.functional.scaled_dot_product_attention(*padded, scale=scale)[..., : q.shape[-1]]
+        if gradient is not None:
+            output.backward(gradient)
+        return output
+
+    return compute
+
+
+def works(function):
+    """Whether a backend takes the sizes, the precision and the device."""
+    try:
+        function()
+    except RuntimeError:
+        return False
+    return True
+
+
+def build_parser():
+    parser = options.Parser(description="Attention by backend and head size.")
+    add = options.flag_group(parser, "measurement")
+    add("--size", options.one_of(*SIZES), "|".join(SIZES), "of the model, whose heads these are", default="XL")
+    add("--tokens", options.integer(1), "N", "per image; 256 at 256 x 256 with patches of 2", default=256)
+    add("--batch-size", options.integer(1), "N", "images (default: 32 on a GPU, 4 on a CPU)")
+    add("--rounds", options.integer(1), "N", "rounds over all rows", default=5)
+    add("--repeats", options.integer(1), "N", "calls of a row in a round (default: 50 on a GPU, 2 on a CPU)")
+    return parser
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    with options.user_errors(parser):
+        device = distributed.init()
+    on_gpu = device.type == "cuda"
+    batch_size, repeats = args.batch_size or (32 if on_gpu else 4), args.repeats or (50 if on_gpu else 2)
+    heads = SIZES[args.size]["num_heads"]
+    head_size = SIZES[args.size]["hidden_size"] // heads
+    shape = (batch_size, heads, args.tokens, head_size)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    gradient = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    forward, both = {}, {}
+    for name, backend in BACKENDS.items():
+        for size in (head_size, *(size for size in PADDED if size > head_size)):
+            function = attention(backend, q.detach(), k.detach(), v.detach(), size, None)
+            if works(function):
+                forward[name, size] = function
+                both[name, size] = attention(backend, q, k, v, size, gradient)
+                both[name, size]()  # warms up
+    medians = [
+        {
+            row: measuring.median(values)
+            for row, values in measuring.seconds_in_turn(rows, args.rounds, repeats, device).items()
+        }
+        for rows in (forward, both)
+    ]
+    print(f"heads of SiT-{args.size}: {shape} in bf16; {measuring.where(device)}\n")
+    base = [column["PyTorch's choice", head_size] for column in medians]
+    lines = [
+        [
+            name,
+            size,
+            *(
+                f"{column[name, size] * 1e3:.3f} ({b / column[name, size]:.2f})"
+                for column, b in zip(medians, base, strict=True)
+            ),
+        ]
+        for name, size in forward
+    ]
+    columns = ["backend", "head size", "forward, ms (ratio)", "forward and backward, ms (ratio)"]
+    measuring.print_table(columns, lines)
+    left_out = [name for name in BACKENDS if (name, head_size) not in forward]
+    print(f"\nnot for these sizes on this device: {', '.join(left_out) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Memory of training: python benchmarks/memory.py
+
+First the estimates of `train.py --dry-run` beside measured peaks of this device, each in a process of its own: what the
+process takes beyond PyTorch itself. Then the largest batch of a GPU by the estimate, for sizes of GPUs and models.
+"""
+
+import json
+import multiprocessing
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import measuring  # noqa: E402
+
+import compute  # noqa: E402
+import costs  # noqa: E402
+import distributed  # noqa: E402
+import options  # noqa: E402
+import training  # noqa: E402
+from models import SiT, SiT_models  # noqa: E402
+
+GPU_GIB = (24, 40, 80, 141)
+USABLE = 0.92  # of a GPU: the rest is the CUDA context, the work space of kernels, what the allocator cannot use
+LARGEST = 4096
+
+
+def config_of(name, image_size):
+    return dict(SiT_models[name].keywords, input_size=image_size // 8, in_channels=4, num_classes=1000)
+
+
+def measured(model_config, batch_size, precision, grad_checkpoint):
+    """Peak memory of three training steps in bytes, beyond what the process had before it made a model."""
+    device = distributed.init()
+    compute.resolve_precision(precision, device, on_gpu="bf16")
+    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # libraries take their memory
+    measuring.reset_peak_memory(device)
+    before = measuring.peak_memory(device)
+    model = SiT(**model_config).to(device).train()
+    model.grad_checkpoint = grad_checkpoint
+    ema = [p.detach().clone() for p in model.parameters()]
+    optimizer = training.build_optimizer(model, 1e-4, (0.9, 0.999), 0.0)
+    x = torch.randn(batch_size, model.in_channels, model.input_size, model.input_size, device=device)
+    t, y = torch.rand(batch_size, device=device), torch.zeros(batch_size, dtype=torch.long, device=device)
+    for _ in range(3):
+        with compute.autocast(device, precision):
+            output = model(x, t, y)
+        loss = output.float().square().mean()
+        loss.backward()
+        training.step_optimizer(optimizer, loss.detach(), 1e-4)
+        training.update_ema(ema, list(model.parameters()), 0.9999)
+    return measuring.peak_memory(device) - before
+
+
+def estimate(model_config, batch_size, precision, grad_checkpoint):
+    return sum(costs.training_memory(model_config, batch_size, precision, grad_checkpoint, shards=1).values())
+
+
+def largest_batch(model_config, gib, grad_checkpoint):
+    """The largest batch in bf16 whose estimate fits a GPU of so many GiB; 0: none does."""
+    one, two = (estimate(model_config, size, "bf16", grad_checkpoint) for size in (1, 2))  # linear in the batch
+    room = USABLE * gib * 2**30 - (2 * one - two)
+    return min(LARGEST, max(0, int(room // (two - one))))
+
+
+def build_parser():
+    parser = options.Parser(description="Memory of training: estimates beside measured peaks, and what fits GPUs.")
+    add = options.flag_group(parser, "measurement")
+    add("--models", options.one_of(*SiT_models), "NAME", "measured (default: SiT-S/2; XL/2, too, on a GPU)", nargs="+")
+    add("--batch-sizes", options.integer(1), "N", "measured", nargs="+", default=[4, 16])
+    add("--image-size", options.integer(16), "PIXELS", "latents are an eighth of it", default=256)
+    add("--json", pathlib.Path, "FILE", "write the figures there, too")
+    return parser
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    with options.user_errors(parser):
+        device = distributed.init()
+        if args.image_size % 8:
+            raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
+    models = args.models or (["SiT-S/2", "SiT-XL/2"] if device.type == "cuda" else ["SiT-S/2"])
+    print(f"images of {args.image_size}; {measuring.where(device)}\n")
+    lines, figures = [], []
+    cases = [
+        (config_of(name, args.image_size), size, precision, grad_checkpoint)
+        for name in models
+        for size in args.batch_sizes
+        for precision, grad_checkpoint in (("fp32", False), ("bf16", False), ("bf16", True))
+    ]
+    names = [name for name in models for _ in range(3 * len(args.batch_sizes))]
+    for name, case in zip(names, cases, strict=True):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            there = pool.apply(measured, case)
+        guess = estimate(*case)
+        _, size, precision, grad_checkpoint = case
+        figures.append(dict(model=name, batch_size=size, precision=precision, grad_checkpoint=grad_checkpoint))
+        figures[-1] |= dict(estimated=guess, measured=there)
+        again = "yes" if grad_checkpoint else "no"
+        cells = [f"{guess / 2**30:.2f}", f"{there / 2**30:.2f}", f"{there / guess:.2f}"]
+        lines.append([name, size, precision, again, *cells])
+    columns = ["model", "batch", "precision", "--grad-checkpoint", "estimated GiB", "measured GiB", "ratio"]
+    measuring.print_table(columns, lines)
+    print(f"\nLargest batch of a GPU by the estimate, not measured: bf16, {USABLE:.0%} of the memory used;")
+    print("in brackets with --grad-checkpoint; + for that number or more\n")
+
+    def cell(config, gib):
+        plain, again = (largest_batch(config, gib, grad_checkpoint) for grad_checkpoint in (False, True))
+        return f"{plain} ({again}{'+' if again == LARGEST else ''})"
+
+    sizes = {name: config_of(name, args.image_size) for name in SiT_models if name.endswith("/2")}
+    fits = [[f"{gib} GB", *(cell(config, gib) for config in sizes.values())] for gib in GPU_GIB]
+    measuring.print_table(["GPU", *sizes], fits)
+    if args.json is not None:
+        args.json.write_text(json.dumps({"where": measuring.where(device), "rows": figures}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

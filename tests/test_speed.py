@@ -1,0 +1,219 @@
+"""Fast paths compute what the plain ones do, keep no memory and make nobody wait; the benchmarks run and say so."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import TINY, read_metrics
+from processes import ROOT, run
+
+import compute
+import options
+import sampling
+import training
+from models import SiT
+from transport import create_transport
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measuring  # noqa: E402
+import train_speed  # noqa: E402
+
+CPU = torch.device("cpu")
+SIZES = dict(input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=10, learn_sigma=False)
+SOLVERS = {
+    "euler": ("ODE", options.ODE_DEFAULTS | {"sampling_method": "euler", "num_steps": 20}),
+    "dopri5": ("ODE", options.ODE_DEFAULTS | {"num_steps": 2}),
+    "SDE": ("SDE", options.SDE_DEFAULTS | {"num_steps": 20}),
+}
+
+
+@pytest.fixture
+def pipeline():
+    torch.manual_seed(0)
+    model = SiT(**SIZES).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.1)
+    return sampling.Pipeline(model, create_transport(), None, CPU, guided_channels=None)
+
+
+def draw(pipeline, solver, count=5, **more):
+    mode, settings = SOLVERS[solver]
+    how = dict(mode=mode, settings=settings, cfg_scale=1.5, seed=0, show_progress=False)
+    drawn, counts = sampling.draw(pipeline, list(range(count)), **how, **more)
+    return drawn, counts
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sampling_in_bf16_agrees_within_its_rounding(pipeline, solver):
+    expected, counts = draw(pipeline, solver)
+    sampling.speed_up(pipeline, "bf16", compiled=False)
+    drawn, counts_in_bf16 = draw(pipeline, solver)
+    assert drawn.dtype == torch.float32 and (solver == "dopri5" or counts == counts_in_bf16)
+    assert pipeline.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    error = (drawn - expected).norm() / expected.norm()
+    assert 0 < error < 2**-7  # bf16 has eight bits
+
+
+def test_bf16_weights_compute_what_autocast_computes(pipeline):
+    model, x, t, y = pipeline.model, torch.randn(3, 4, 8, 8), torch.full((1,), 0.3), torch.tensor([1, 2, 3])
+    with compute.autocast(CPU, "bf16"):
+        expected = model(x, t, y)
+        compute.prepare_inference(model, CPU, "bf16", compiled=False)
+        assert torch.equal(model(x, t, y), expected)
+
+
+def test_compiled_sampling_agrees_and_fills_its_last_batch(pipeline):
+    expected, counts = draw(pipeline, "SDE")
+    sizes = set()
+    plain = pipeline.model.forward
+    pipeline.model.forward = lambda x, t, y: sizes.add((len(x), len(t))) or plain(x, t, y)
+    pipeline.compiled = True
+    drawn, _ = draw(pipeline, "SDE", batch_size=2)  # five images: batches of 2, 2 and 1
+    assert sizes == {(4, 1)}  # guided, with one time for all
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+    del pipeline.model.forward
+    sampling.speed_up(pipeline, "fp32", compiled=True)
+    drawn, counts_of_compiled = draw(pipeline, "SDE", batch_size=2)
+    assert counts_of_compiled == counts
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_time_that_all_share_is_embedded_once(pipeline):
+    x, t, y = torch.randn(3, 4, 8, 8), torch.full((3,), 0.3), torch.tensor([1, 2, 3])
+    torch.testing.assert_close(pipeline.model(x, t[:1], y), pipeline.model(x, t, y), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_of_training_makes_the_host_wait(precision):
+    trainer = train_speed.Trainer(SiT(**SIZES), 4, CPU)
+    trainer.reset()
+    official, ours = train_speed.Row("official", fused=False), train_speed.Row("ours", precision=precision)
+    for row in (official, ours):
+        trainer.use(row)
+        trainer.step(row)
+    assert train_speed.host_waits(trainer, ours) == "none"
+    assert train_speed.host_waits(trainer, official) >= 1  # so that the counter counts
+
+
+def test_all_rows_of_the_training_benchmark_compute_the_same():
+    trainer = train_speed.Trainer(SiT(**SIZES), 4, CPU)
+    rows = [row for row in train_speed.rows_for(CPU) if row.compiled is None]
+    rows.append(train_speed.Row("checkpointed", grad_checkpoint=True))
+    official, fused, bf16, checkpointed = (torch.tensor(train_speed.losses_of(trainer, row, 20)) for row in rows)
+    torch.testing.assert_close(fused, official, atol=0, rtol=1e-5)
+    torch.testing.assert_close(checkpointed, fused, atol=0, rtol=1e-5)
+    torch.testing.assert_close(bf16, official, atol=0, rtol=0.01)
+    assert not torch.equal(bf16, official)
+    assert official[-4:].mean() < official[:4].mean()
+
+
+def test_compiled_runs_in_bf16_go_on_to_the_same_bytes(tmp_path):
+    flags = [*TINY, "--compile", "--precision", "bf16", "--grad-checkpoint", "--max-steps", 6, "--ckpt-every", 3]
+    for folder, more in (("whole", []), ("parts", ["--max-steps", 3]), ("parts", [])):
+        result = run("train.py", *flags, *more, "--output-dir", tmp_path / folder)
+        assert result.returncode == 0, result.stderr
+    assert "continuing from" in (tmp_path / "parts" / "log.txt").read_text()
+    for name in ("model.safetensors", "ema.pt"):
+        whole, parts = ((tmp_path / folder / "checkpoint-6" / name).read_bytes() for folder in ("whole", "parts"))
+        assert whole == parts
+    whole, parts = ([line["loss"] for line in read_metrics(tmp_path / folder)] for folder in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_sample_ddp_in_bf16_compiled(digits_run, tmp_path):
+    words = ["sample_ddp.py", "SDE", "--ckpt", digits_run, "--num-fid-samples", 20, "--num-sampling-steps", 4]
+    words += ["--cfg-scale", 1.5, "--per-proc-batch-size", 8]
+    for name, more in (("plain", []), ("fast", ["--precision", "bf16", "--compile"])):
+        result = run(*words, *more, "--output", tmp_path / f"{name}.npz")
+        assert result.returncode == 0, result.stderr
+    plain, fast = (sampling.np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
+    difference = abs(plain - fast)
+    assert 0 < difference.max() and difference.mean() < 1  # grey levels
+    assert json.loads((tmp_path / "fast.json").read_text())["precision"] == "bf16"
+    result = run(*words, "--output", tmp_path / "fast.npz")
+    assert result.returncode == 2 and "precision 'bf16', not 'fp32'" in result.stderr
+
+
+def test_tf32_is_refused_without_a_gpu(digits_run):
+    result = run("sample.py", "--ckpt", digits_run, "--precision", "tf32")
+    assert result.returncode == 2 and "tf32 needs a CUDA GPU" in result.stderr
+
+
+def test_background_work_is_done_in_order_and_its_errors_arrive():
+    background, done, thread = sampling.Background(CPU), [], set()
+    for i in range(5):
+        background.submit(lambda i=i: (done.append(i), thread.add(threading.current_thread())))
+    background.close()
+    assert done == [0, 1, 2, 3, 4] and threading.current_thread() not in thread
+
+    background = sampling.Background(CPU)
+    background.submit(lambda: open("/does/not/exist"))
+    with pytest.raises(FileNotFoundError):
+        background.close()
+
+
+def test_batches_on_a_cpu_are_the_loaders():
+    batches = [(torch.full((2, 3), i), torch.tensor([i, i]), [[], []]) for i in range(3)]
+    space = sampling.latents.PixelSpace(3)
+    on_device = list(training.batches_on_device((batch for batch in batches), space, CPU))
+    assert all(ours[0] is theirs[0] and ours[1] is theirs[1] for ours, theirs in zip(on_device, batches, strict=True))
+
+
+def benchmark(script, *words):
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *map(str, words)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_benchmarks_run_and_claim_nothing_of_gpus(tmp_path):
+    small = ["--model", "SiT-S/8", "--image-size", 64, "--batch-size", 2, "--rounds", 1]
+    text = benchmark(
+        "train_speed.py", *small, "--steps", 1, "--check-steps", 2, "--rows", 1, 2, "--json", tmp_path / "t"
+    )
+    assert "on a GPU: not measured" in text
+    rows = json.loads((tmp_path / "t").read_text())["rows"]
+    names = list(rows)
+    assert len(rows) == 3 and rows[names[0]]["ratio"] == 1 and rows[names[1]]["host_waits"] == "none"
+    assert rows[names[0]]["mfu"] is None and all(row["loss_difference"] < 0.01 for row in rows.values())
+    text = benchmark("sample_speed.py", *small, "--rows", 1, 2, 4, "--json", tmp_path / "s")
+    assert "on a GPU: not measured" in text
+    official, plain, bf16, interval = json.loads((tmp_path / "s").read_text())["rows"].values()
+    assert plain["difference"] < 1e-4 and 1e-4 < bf16["difference"] < 0.05 and interval["difference"] is None
+
+
+def test_peak_memory_is_measured_anew():
+    if not measuring.CLEAR_REFS.exists():
+        pytest.skip("a Linux file says it")
+    big = torch.ones(1 << 26)  # 256 MiB
+    del big
+    measuring.reset_peak_memory(CPU)
+    before = measuring.peak_memory(CPU)
+    big = torch.ones(1 << 26)
+    assert measuring.peak_memory(CPU) - before > 200 * 2**20 and big.all()
+
+
+def test_sampling_takes_no_more_memory_for_more_steps(digits_run, tmp_path):
+    """Peaks of whole processes whose states would fill more than the rest if all were kept: 250 of 2 MiB each."""
+    script = pathlib.Path(tmp_path / "peak.py")
+    script.write_text(
+        "import sys, torch, measuring\n"
+        "from transport import Sampler, create_transport\n"
+        "sample = Sampler(create_transport()).sample_sde(num_steps=int(sys.argv[1]), diffusion_form='sigma')\n"
+        "sample(torch.randn(512, 4, 16, 16), lambda x, t: x)\n"
+        "print(measuring.peak_memory(torch.device('cpu')))\n"
+    )
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "PATH": "/usr/bin:/bin"}
+    peaks = [
+        int(
+            subprocess.run([sys.executable, script, steps], env=path, capture_output=True, check=True, text=True).stdout
+        )
+        for steps in ("10", "250")
+    ]
+    assert peaks[1] < 1.05 * peaks[0]
