@@ -1,8 +1,14 @@
-"""Scaled-dot-product attention by backend and head size: python benchmarks/attention_speed.py
+"""Parts of a block by themselves: python benchmarks/kernel_speed.py
 
-SiT-XL has heads of 72 numbers, no size that kernels are made for. Each backend of PyTorch that takes the sizes is
-measured on heads as they are and on heads filled up with zeros to 80, 96 and 128, which changes nothing in the result;
-rows in turn, round by round, medians over rounds.
+Attention by backend and head size. SiT-XL has heads of 72 numbers, no size that kernels are made for. Each backend of
+PyTorch that takes the sizes is measured on heads as they are and on heads filled up with zeros to 80, 96 and 128, which
+changes nothing in the result.
+
+Modulation (adaLN): shifts, scales and gates of all blocks by a product for each block, as the model has it; by one
+product with the weights of all blocks, laid together beforehand, as sampling could; and laid together in every step, as
+training would have to.
+
+Rows are measured in turn, round by round; medians over rounds.
 """
 
 import contextlib
@@ -54,8 +60,22 @@ def works(function):
     return True
 
 
+def modulations(size, batch_size, device):
+    """{name: function} that computes the modulation of all blocks of a model of a size, for a batch in bf16."""
+    width, depth = SIZES[size]["hidden_size"], SIZES[size]["depth"]
+    c = torch.randn(batch_size, width, device=device, dtype=torch.bfloat16)
+    weights = [0.02 * torch.randn(6 * width, width, device=device, dtype=torch.bfloat16) for _ in range(depth)]
+    together = torch.cat(weights)
+    linear = torch.nn.functional.linear
+    return {
+        "block by block": lambda: [linear(c, weight) for weight in weights],
+        "all blocks at once": lambda: linear(c, together).chunk(depth, dim=1),
+        "all at once, laid together first": lambda: linear(c, torch.cat(weights)).chunk(depth, dim=1),
+    }
+
+
 def build_parser():
-    parser = options.Parser(description="Attention by backend and head size.")
+    parser = options.Parser(description="Attention by backend and head size, and modulation.")
     add = options.flag_group(parser, "measurement")
     add("--size", options.one_of(*SIZES), "|".join(SIZES), "of the model, whose heads these are", default="XL")
     add("--tokens", options.integer(1), "N", "per image; 256 at 256 x 256 with patches of 2", default=256)
@@ -109,7 +129,16 @@ def main():
     columns = ["backend", "head size", "forward, ms (ratio)", "forward and backward, ms (ratio)"]
     measuring.print_table(columns, lines)
     left_out = [name for name in BACKENDS if (name, head_size) not in forward]
-    print(f"\nnot for these sizes on this device: {', '.join(left_out) or 'none'}")
+    print(f"\nnot for these sizes on this device: {', '.join(left_out) or 'none'}\n")
+
+    rows = modulations(args.size, batch_size, device)
+    for function in rows.values():
+        function()
+    seconds = measuring.seconds_in_turn(rows, args.rounds, repeats, device)
+    medians = {name: measuring.median(values) for name, values in seconds.items()}
+    base = next(iter(medians.values()))
+    print(f"modulation of {SIZES[args.size]['depth']} blocks for {batch_size} images in bf16")
+    measuring.print_table(["how", "ms (ratio)"], [[k, f"{v * 1e3:.3f} ({base / v:.2f})"] for k, v in medians.items()])
 
 
 if __name__ == "__main__":
