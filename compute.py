@@ -5,6 +5,9 @@ import torch
 # What blocks compute in. Whatever the precision, weights in training, sums, times, noise and losses are float32.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
+# Tokens up to which a CPU is faster without the fused kernel of attention.
+MOST_TOKENS_OF_PLAIN_ATTENTION = {"fp32": 32, "bf16": 512}
+
 
 def resolve_precision(precision, device, on_gpu):
     """The precision to compute in, 'fp32', 'tf32' or 'bf16'; sets how PyTorch multiplies float32 matrices.
@@ -32,6 +35,17 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def choose_attention(model, device, precision):
+    """Have a model compute attention in the way that is fastest, which is the same but for rounding; in place.
+
+    PyTorch's fused kernel keeps no (T, T) weights. Those of few tokens are small, and on a CPU two plain products then
+    win: benchmarks/kernel_speed.py.
+    """
+    plain = device.type == "cpu" and model.x_embedder.num_patches <= MOST_TOKENS_OF_PLAIN_ATTENTION[precision]
+    for block in model.blocks:
+        block.attn.fused_attn = not plain
+
+
 def compile_training(model, parallel):
     """Compile the forward pass as one graph, in place; under FSDP, whose gathering is not to be traced, each block's.
 
@@ -47,6 +61,7 @@ def prepare_inference(model, device, precision, compiled):
     To be called under `autocast`, which then has no weights of blocks left to convert. On a GPU the compiled pass is
     recorded as CUDA graphs, one for each batch size, whose output the next call overwrites.
     """
+    choose_attention(model, device, precision)
     model.blocks.to(DTYPES[precision])
     if compiled:
         mode = "reduce-overhead" if device.type == "cuda" else "default"

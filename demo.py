@@ -28,7 +28,7 @@ def split_digits():
     Pixels are (N, 64) float64 in [0, 1].
     """
     source = data.open_source("digits")
-    pixels = to_features(torch.stack([torch.from_numpy(np.array(image))[..., None] for image, _ in source.examples]))
+    pixels = metrics.pixels(torch.stack([torch.from_numpy(np.array(image))[..., None] for image, _ in source.examples]))
     labels = np.array([label for _, label in source.examples])
     order = np.random.default_rng(0).permutation(len(labels))
     held_out = np.concatenate([order[labels[order] == c][:HELD_OUT_PER_CLASS] for c in range(source.num_classes)])
@@ -36,14 +36,9 @@ def split_digits():
     return (pixels[rest], labels[rest]), (pixels[held_out], labels[held_out])
 
 
-def to_features(images):
-    """uint8 images (N, H, W, 1) as rows of pixels (N, H W) in [0, 1]."""
-    return images.flatten(1).numpy().astype(np.float64) / 255
-
-
 def judge(images, labels):
     """The figures of the module's head for uint8 images (N, 8, 8, 1) of the classes `labels` (N,)."""
-    samples = to_features(images)
+    samples = metrics.pixels(images)
     (real, real_labels), (held_out, held_out_labels) = split_digits()
     classifier = SVC().fit(real, real_labels)
     centres = np.stack([real[real_labels == c].mean(0) for c in range(10)])

@@ -37,6 +37,8 @@ MOST_PIXELS = 4096  # numbers of an image whose own Fréchet distance is taken
 SPATIAL_CHANNELS = 7
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+SIZES_OF_STATISTICS = {"mu": 2048, "mu_s": 17 * 17 * SPATIAL_CHANNELS}
+MONITOR_BATCH = 64
 
 
 def build_parser():
@@ -58,9 +60,12 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with options.user_errors(parser):
+        if args.json is not None:
+            files.check_output("--json", args.json, inputs=(args.samples, args.reference))
         samples, reference = ImageBatches(args.samples), ImageBatches(args.reference, may_be_statistics=True)
-        if args.json is not None and not args.json.parent.is_dir():
-            raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+        for images in (samples, reference):
+            if len(images) < 2 and not images.statistics:
+                raise ValueError(f"{images.path}: a covariance needs two images or more, not {len(images)}")
         if args.features == "pixels" and args.inception_weights is not None:
             raise ValueError("--inception-weights has no effect with --features pixels")
         evaluate = evaluate_pixels if args.features == "pixels" else evaluate_inception
@@ -68,6 +73,7 @@ def main():
     figures |= {
         "n_samples": len(samples),
         "n_reference": len(reference) or None,
+        "caveats": caveats,
         "reference_sha256": files.sha256(args.reference) if args.reference.is_file() else None,
         "settings": {key: str(value) for key, value in vars(args).items() if value is not None},
     }
@@ -103,18 +109,19 @@ class ImageBatches:
                 self.paths = sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in IMAGE_SUFFIXES)
                 if not self.paths:
                     raise ValueError("the folder holds no images")
+                self.mode = "RGB" if any(map(_has_colour, self.paths)) else "L"
                 self.shape = (len(self.paths), *self._read(self.paths[0]).shape)
             elif not path.is_file():
                 raise ValueError("no such file or folder")
             else:
                 self._open_npz(may_be_statistics)
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        except Exception as error:  # a damaged archive fails in many ways
             raise ValueError(f"{path}: {' '.join(str(error).split()) or 'it is damaged'}") from error
 
     def _open_npz(self, may_be_statistics):
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError("it is no .npz")
         with np.load(self.path, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                raise ValueError("it is no .npz")
             names = set(content.files)
             if may_be_statistics and names & set(STATISTICS):
                 missing = set(STATISTICS) - names
@@ -122,9 +129,17 @@ class ImageBatches:
                     raise ValueError(f"the statistics {', '.join(sorted(missing))} are missing")
                 self.statistics = {key: np.asarray(content[key], dtype=np.float64) for key in STATISTICS}
                 for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-                    size = self.statistics[mean].shape[0]
-                    if self.statistics[covariance].shape != (size, size):
-                        raise ValueError(f"{covariance} is not square of the size of {mean}")
+                    size = SIZES_OF_STATISTICS[mean]
+                    shapes = self.statistics[mean].shape, self.statistics[covariance].shape
+                    if shapes != ((size,), (size, size)):
+                        raise ValueError(
+                            f"{mean} and {covariance} are {shapes[0]} and {shapes[1]}; Inception's are "
+                            f"({size},) and ({size}, {size})"
+                        )
+                    if not (
+                        np.isfinite(self.statistics[mean]).all() and np.isfinite(self.statistics[covariance]).all()
+                    ):
+                        raise ValueError(f"{mean} or {covariance} is not finite")
         if "arr_0" in names:
             with self._stream() as (shape, _):
                 self.shape = shape
@@ -141,13 +156,18 @@ class ImageBatches:
             version = np.lib.format.read_magic(file)
             read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             shape, fortran_order, dtype = read_header[min(version[0], 2)](file)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order:
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or min(shape) < 0:
                 raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3) or (N, H, W, 1)")
+            if fortran_order:
+                raise ValueError("arr_0 is in Fortran's order; save numpy.ascontiguousarray of it")
+            held = archive.getinfo("arr_0.npy").file_size - file.tell()
+            if held != int(np.prod(shape)):
+                raise ValueError(f"arr_0 is {shape}, and {held} bytes of it are there")
             yield shape, file
 
     def _read(self, path):
         with Image.open(path) as image:
-            return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")).reshape(*image.size[::-1], -1)
+            return np.asarray(image.convert(self.mode)).reshape(*image.size[::-1], -1)
 
     def __len__(self):
         return self.shape[0]
@@ -168,8 +188,16 @@ class ImageBatches:
                     rows = min(size, count - start)
                     content = file.read(rows * int(np.prod(self.shape[1:])))
                     yield np.frombuffer(content, np.uint8).reshape(rows, *self.shape[1:])
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:
+        except Exception as error:  # as above
             raise ValueError(f"{self.path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def _has_colour(path):
+    """Whether an image file has more than grey. Raises ValueError for one of more than 8 bits."""
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{path.name} has more than 8 bits a channel")
+        return image.mode not in ("1", "L")
 
 
 class Monitor:
@@ -186,18 +214,21 @@ class Monitor:
     """
 
     def __init__(self, reference, image_shape, weights, device):
-        self.device, self.network = device, None
+        self.device, self.network, self.verified = device, None, None
         self.dimensions = int(np.prod(image_shape))
         if self.dimensions > MOST_PIXELS:
-            self.network, _ = load_inception(weights, device)
+            self.network, sha256 = load_inception(weights, device)
+            self.verified = is_published(sha256)
             self.dimensions = 2048
         if isinstance(reference, ImageBatches):
             if reference.statistics and self.network is not None:
                 self.of_reference = reference.statistics["mu"], reference.statistics["sigma"]
                 return
-            if reference.statistics or (self.network is None and reference.shape[1:] != image_shape):
+            if reference.shape[1:3] != image_shape[:2] or (
+                self.network is None and reference.shape[3:] != image_shape[2:]
+            ):
                 raise ValueError(f"{reference.path} does not hold images of {image_shape}")
-            reference = reference.batches(64)
+            reference = reference.batches(MONITOR_BATCH)
         accumulated = metrics.Moments(self.dimensions)
         for batch in reference:
             accumulated.add(self._features(batch))
@@ -206,24 +237,31 @@ class Monitor:
     @torch.no_grad()
     def _features(self, images):
         if self.network is None:
-            return images.reshape(len(images), -1) / 255
+            return metrics.pixels(images)
         x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).to(self.device)
         return self.network(x.expand(-1, 3, -1, -1))[0].cpu().numpy()
 
     def figures(self, images):
-        """{'fid' or 'fd_pixels'} of the uint8 images (N, H, W, C) of all ranks; each calls this with its own."""
+        """Figures of the uint8 images (N, H, W, C) of all ranks; each calls this with its own.
+
+        {'fid', 'n_samples', 'weights_verified', 'caveats'} or {'fd_pixels', 'n_samples'}.
+        """
         accumulated = metrics.Moments(self.dimensions, self.of_reference[0])
-        for start in range(0, len(images), 64):
-            accumulated.add(self._features(images[start : start + 64]))
+        for start in range(0, len(images), MONITOR_BATCH):
+            accumulated.add(self._features(images[start : start + MONITOR_BATCH]))
         accumulated.add_other_ranks(distributed.total)
         distance = metrics.frechet_distance(*accumulated.result(), *self.of_reference)
-        return {"fd_pixels" if self.network is None else "fid": distance}
+        figures = {"n_samples": accumulated.count}
+        if self.network is None:
+            return {"fd_pixels": distance} | figures
+        more = {"weights_verified": self.verified, "caveats": caveats_of(self.verified, accumulated.count)}
+        return {"fid": distance} | figures | more
 
 
 def evaluate_pixels(samples, reference, args):
     """({'fd_pixels', 'fd_pixels_floor'}, caveats): Fréchet distances of pixels in [0, 1], the second real to real."""
-    if reference.statistics or samples.shape[1:] != reference.shape[1:]:
-        there = "statistics" if reference.statistics else f"images of {reference.shape[1:]}"
+    if samples.shape[1:] != reference.shape[1:]:
+        there = f"images of {reference.shape[1:]}" if len(reference) else "statistics"
         raise ValueError(f"--features pixels: samples are {samples.shape[1:]}, and the reference holds {there}")
     dimensions = int(np.prod(samples.shape[1:]))
     if dimensions > MOST_PIXELS:
@@ -232,10 +270,10 @@ def evaluate_pixels(samples, reference, args):
         )
     of_samples, of_reference, *halves = (metrics.Moments(dimensions) for _ in range(4))
     for batch in samples.batches(args.batch_size):
-        of_samples.add(batch.reshape(len(batch), -1) / 255)
+        of_samples.add(metrics.pixels(batch))
     row = 0
     for batch in reference.batches(args.batch_size):
-        rows = batch.reshape(len(batch), -1) / 255
+        rows = metrics.pixels(batch)
         of_reference.add(rows)
         for parity, half in enumerate(halves):
             half.add(rows[(row + parity) % 2 :: 2])
@@ -249,21 +287,23 @@ def evaluate_pixels(samples, reference, args):
 
 def evaluate_inception(samples, reference, args):
     """The figures of ADM's suite as a dict, and why they would not be comparable."""
+    if len(reference) and samples.shape[1:3] != reference.shape[1:3]:
+        raise ValueError(
+            f"{samples.path} holds images of {samples.shape[1:3]}, and {reference.path} of {reference.shape[1:3]}"
+        )
     device = distributed.init()
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     network, sha256 = load_inception(args.inception_weights, device)
-    verified = sha256.startswith(WEIGHTS_SHA256_PREFIX)
+    verified = is_published(sha256)
     if reference.statistics:
         s = reference.statistics
         of_reference, spatial_of_reference = (s["mu"], s["sigma"]), (s["mu_s"], s["sigma_s"])
         pool = features(network, reference, args.batch_size, device, MOST_REFERENCES)[0] if len(reference) else None
     else:
         pool, _, of_reference, spatial_of_reference = features(network, reference, args.batch_size, device)
-        pool = pool[:MOST_REFERENCES]
+        pool = pool[:MOST_REFERENCES].clone()  # without the rest, which a view would hold
     sample_pool, logits, of_samples, spatial_of_samples = features(network, samples, args.batch_size, device)
-    if len(of_reference[0]) != len(of_samples[0]) or len(spatial_of_reference[0]) != len(spatial_of_samples[0]):
-        raise ValueError(f"{reference.path}: its statistics are of {len(of_reference[0])} features, not Inception's")
     precision, recall = (None, None) if pool is None else metrics.precision_and_recall(pool, sample_pool)
     figures = {
         "fid": metrics.frechet_distance(*of_samples, *of_reference),
@@ -274,24 +314,36 @@ def evaluate_inception(samples, reference, args):
         "weights_sha256": sha256,
         "weights_verified": verified,
     }
-    caveats = [] if verified else ["Inception's weights are not the published ones"]
-    if len(samples) < COMPARABLE_SAMPLES:
-        caveats.append(f"{len(samples)} samples, and they are of {COMPARABLE_SAMPLES}")
-    return figures, caveats
+    return figures, caveats_of(verified, len(samples))
+
+
+def caveats_of(verified, num_samples):
+    """Why figures do not compare with published ones: a list of reasons."""
+    reasons = [] if verified else ["Inception's weights are not the published ones"]
+    if num_samples < COMPARABLE_SAMPLES:
+        reasons.append(f"{num_samples} samples, and they are of {COMPARABLE_SAMPLES}")
+    return reasons
+
+
+def is_published(sha256):
+    """Whether the SHA-256 of a file of weights is that of the published ones."""
+    return sha256.startswith(WEIGHTS_SHA256_PREFIX)
 
 
 def load_inception(path, device):
     """(torch-fidelity's Inception, SHA-256 of its weights). Raises ValueError where there are none."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    named = f"--inception-weights {path}"
     if path is None:
         path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
         if not path.is_file():
             hub.require("Inception's weights", WEIGHTS_URL)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256_PREFIX)
+        named = f"{path}, to be deleted and fetched again,"
     if not path.is_file():
-        raise ValueError(f"--inception-weights {path}: no such file")
+        raise ValueError(f"{named}: no such file")
     try:
         # Read as tensors and nothing else, and handed on from memory: the library itself would unpickle anything.
         safe = io.BytesIO()
@@ -301,7 +353,7 @@ def load_inception(path, device):
             network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], safe)
     except Exception as error:  # unpickling what is no pickle fails in many ways
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--inception-weights {path} are not weights of this Inception: {reason}") from error
+        raise ValueError(f"{named} holds no weights of this Inception: {reason}") from error
     return network.to(device), files.sha256(path)
 
 
@@ -320,6 +372,8 @@ def features(network, images, batch_size, device, most=None):
         for batch in images.batches(batch_size, most):
             x = torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device)
             pool, unbiased = network(x.expand(-1, 3, -1, -1))
+            if not (pool.isfinite().all() and unbiased.isfinite().all()):
+                raise ValueError("Inception's features are not finite: its weights are damaged")
             corner = spatial.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
             pools.append(pool)
             logits.append(unbiased)

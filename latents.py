@@ -23,6 +23,8 @@ SLICE_PIXELS = 32 * 256 * 256  # pixels that go through the autoencoder at a tim
 class Space:
     """What the network works in. `prepare` makes of images what `draw` takes, and `draw` is where noise comes in."""
 
+    in_pixels = False
+
     def encode(self, images, noise=None):
         """Latents (N, channels, h, w) of images, or of what stands for them; see `draw`."""
         return self.draw(self.prepare(images), noise)
@@ -32,6 +34,8 @@ class PixelSpace(Space):
     """No autoencoder: what is trained on and drawn are the images themselves."""
 
     downsampling = 1
+    in_pixels = True
+    name = "none"
 
     def __init__(self, channels):
         self.channels = channels
@@ -67,6 +71,7 @@ class AutoencoderSpace(Space):
         # Where convolutions are fast with channels last, which is on GPUs.
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
         self.model = model.to(device, memory_format=layout).eval().requires_grad_(False)
+        self.name = _resolve(vae)
         self.dtype = dtype
         self.downsampling, self.channels = _geometry(self.model.config)
         self.scale = self.model.config.scaling_factor
@@ -114,6 +119,7 @@ class CachedSpace(Space):
 
     def __init__(self, vae, device, dtype, scale, shift):
         self.arguments = (vae, device, dtype)
+        self.name = _resolve(vae)
         self.scale = scale
         self.shift = shift
         self.autoencoder = None

@@ -1,6 +1,6 @@
 """Bits per dimension of a data set under a checkpoint, by the probability-flow ODE.
 
-    python likelihood.py --ckpt runs/digits --data-path digits --vae none --num-examples 500
+    python likelihood.py --ckpt runs/digits --data-path digits --num-examples 500
 
 In pixel space the figure is of the images' 256 grey levels: each gets uniform noise of its own width (dequantization),
 and the density is taken to the scale [0, 255], so that it is a bound on the bits of a lossless code. In a latent space
@@ -28,7 +28,7 @@ def build_parser():
     parser = options.Parser(description="Bits per dimension of a data set under a SiT.")
     sampling.add_weights_flags(parser, with_space=False)
     options.add_transport_flags(parser, from_checkpoint=True)
-    options.add_data_flags(parser)
+    options.add_data_flags(parser, with_loader=False)
     positive = options.number(0, exclude_minimum=True)
     add = options.flag_group(parser, "likelihood")
     add("--num-examples", options.integer(2), "N", "examples, drawn by the seed (default: all)")
@@ -52,21 +52,23 @@ def main():
         if args.streaming:
             raise ValueError("--streaming does not go with likelihoods, which draw examples by their number")
         source = options.open_data(args)
-        pipeline = sampling.load_pipeline(args.ckpt, device, **sampling.given_flags(args))
+        if args.json is not None:
+            files.check_output("--json", args.json)
+        pipeline = sampling.load_pipeline(
+            args.ckpt, device, vae_precision=args.vae_precision, **sampling.given_flags(args)
+        )
         model = pipeline.model
         space, dataset = open_examples(args, source, pipeline)
-        likelihood = Sampler(pipeline.transport).sample_ode_likelihood(
-            sampling_method=args.sampling_method,
-            num_steps=args.num_sampling_steps,
-            atol=args.atol,
-            rtol=args.rtol,
-            num_probes=args.probes,
-            probe_like=lambda x: noise.randn_like(x).sign(),
-        )
+        sampler = Sampler(pipeline.transport)
+        solver = dict(sampling_method=args.sampling_method, num_steps=args.num_sampling_steps, num_probes=args.probes)
+        solver |= dict(atol=args.atol, rtol=args.rtol)
+        sampler.sample_ode_likelihood(**solver)
         order = np.random.default_rng([args.seed, sampling.LABEL_STREAM]).permutation(len(dataset))
         indices = order[: args.num_examples]
         if args.num_examples is not None and args.num_examples > len(dataset):
             raise ValueError(f"--num-examples {args.num_examples}: there are {len(dataset)}")
+        if len(indices) < 2:
+            raise ValueError(f"--data-path {args.data_path} has one example, and a standard error needs two")
 
     # Each rank its share of the examples.
     mine = indices[distributed.rank() :: distributed.world_size()]
@@ -86,11 +88,14 @@ def main():
                     continue
                 noise = sampling.ImageNoise(args.seed, [int(rows[i]) for i in good], device)
                 x = torch.stack([content[i] for i in good]).to(device)
-                if pixels(space):
+                if space.in_pixels:
                     x, scale = dequantize(x, noise.uniform(shape)), 127.5
                 else:
                     x, scale = space.encode(x, noise.draw(shape)), 1.0
+                likelihood = sampler.sample_ode_likelihood(**solver, probe_like=rademacher_from(noise))
                 logp, _ = likelihood(x, model, y=torch.tensor([labels[i] for i in good], device=device))
+                if not logp.isfinite().all():
+                    raise ValueError("the likelihood is not finite: the weights are damaged, or the steps too large")
             per_example += bits_per_dimension(logp, x[0].numel(), scale).tolist()
             bar.update(len(rows))
 
@@ -99,7 +104,7 @@ def main():
     left_out = sum(distributed.from_all(left_out))
     if distributed.rank() == 0:
         mean, error = float(np.mean(per_example)), float(np.std(per_example, ddof=1) / math.sqrt(len(per_example)))
-        name = "bits_per_dim" if pixels(space) else "bits_per_latent_dimension"
+        name = "bits_per_dim" if space.in_pixels else "bits_per_latent_dimension"
         print(f"{name} {mean:.4f} ± {error:.4f} (standard error, {len(per_example)} examples, {left_out} left out)")
         if args.json is not None:
             figures = {name: mean, "standard_error": error, "n_examples": len(per_example), "left_out": left_out}
@@ -107,6 +112,11 @@ def main():
             with files.written_whole(args.json) as partial:
                 partial.write_text(json.dumps(figures | {"settings": settings}, indent=2) + "\n")
     distributed.shutdown()
+
+
+def rademacher_from(noise):
+    """A function that draws probes of -1 and 1, those of each example from its stream of a `sampling.ImageNoise`."""
+    return lambda x: noise.randn_like(x).sign()
 
 
 def open_examples(args, source, pipeline):
@@ -121,12 +131,8 @@ def open_examples(args, source, pipeline):
             raise ValueError(f"--data-path {args.data_path}: latents of another shape than the model's")
         return latents.CachedSpace(source.vae, pipeline.device, torch.float32, source.scale, source.shift), source
     image_size = model.input_size * space.downsampling
-    channels = model.in_channels if pixels(space) else 3
+    channels = model.in_channels if space.in_pixels else 3
     return space, data.ImageDataset(source, image_size, channels, model.num_classes)
-
-
-def pixels(space):
-    return isinstance(space, latents.PixelSpace)
 
 
 def dequantize(images, uniform):

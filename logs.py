@@ -186,9 +186,14 @@ class RunLog:
     def evaluation(self, step, figures):
         """Figures of samples of the average at a step: a line, and one of evaluations.jsonl."""
         if self.active:
-            self.line(f"(step={step:07d}) " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+            numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
+            text = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+            text += f" of {figures['n_samples']} samples"
+            if figures.get("caveats"):
+                text += f"; not comparable with published figures: {'; '.join(figures['caveats'])}"
+            self.line(f"(step={step:07d}) {text}")
             self._write(self.evaluations, json.dumps({"step": step, **figures}) + "\n")
-            self._track("figures", figures, step)
+            self._track("figures", numbers, step)
 
     def close(self):
         self._track("close")

@@ -7,6 +7,11 @@ SPLIT = 5000  # images of a split of the Inception Score, in ADM's suite
 NEIGHBOURS = 3  # the manifold of precision and recall reaches to the third neighbour, in ADM's suite
 
 
+def pixels(images):
+    """uint8 images (N, H, W, C) as rows (N, H W C) of numbers in [0, 1], in float64."""
+    return np.asarray(images).reshape(len(images), -1) / 255
+
+
 class Moments:
     """Mean and covariance of rows that come in batches, in float64.
 
@@ -62,7 +67,6 @@ def frechet_distance(mean_x, covariance_x, mean_y, covariance_y):
     A_x^T A_y for any A with S = A A^T: real, and exact for singular covariances, where a matrix square root needs a
     small number added. 0 for equal Gaussians.
     """
-
     cross = torch.linalg.svdvals(_root(covariance_x).T @ _root(covariance_y)).sum().item()
     return float(((mean_x - mean_y) ** 2).sum() + np.trace(covariance_x) + np.trace(covariance_y) - 2 * cross)
 
@@ -87,7 +91,8 @@ def inception_score(logits):
     for split in torch.as_tensor(logits).split(SPLIT):
         log_p = torch.log_softmax(split.double(), dim=1)
         p = log_p.exp()
-        scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp().item())
+        divergence = torch.where(p > 0, p * (log_p - p.mean(0).log()), 0)  # 0 log 0 = 0
+        scores.append(divergence.sum(1).mean().exp().item())
     return float(np.mean(scores))
 
 

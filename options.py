@@ -178,8 +178,11 @@ def add_config_flag(parser):
     parser.add_argument("--config", metavar="FILE.yaml", help=text)
 
 
-def add_data_flags(parser):
-    """Which labelled images, and the space they are taken to. Returns the group's `add`, for more of them."""
+def add_data_flags(parser, with_loader=True):
+    """Which labelled images, and the space they are taken to. Returns the group's `add`, for more of them.
+
+    Without `with_loader`, not --num-workers, for a script that reads them itself.
+    """
     add = flag_group(parser, "data")
     path = (
         "digits (scikit-learn's), a folder of class folders, a saved Dataset, Parquet or Arrow files, cached latents, "
@@ -203,7 +206,8 @@ def add_data_flags(parser):
     vae = "autoencoder to encode with: sd-vae-ft-ema or -mse, none for pixels, a hub name, a folder"
     add("--vae", str, "ema|mse|none|NAME|FOLDER", f"{vae} (default: that of cached latents, else ema)")
     add("--vae-precision", one_of(*latents.PRECISIONS), "fp32|bf16", "precision of the autoencoder", default="fp32")
-    add("--num-workers", integer(0), "N", "processes per rank that load data", default=4)
+    if with_loader:
+        add("--num-workers", integer(0), "N", "processes per rank that load data", default=4)
     return add
 
 
@@ -238,7 +242,7 @@ def add_transport_flags(parser, from_checkpoint):
 
 def add_solver_flags(parser):
     """The mode and everything about how to integrate. A flag that is not given is None: see `solver_settings`."""
-    parser.add_argument("mode", nargs="?", choices=["ODE", "SDE"], default="ODE", help="how to sample (default: ODE)")
+    parser.add_argument("mode", nargs="?", choices=["ODE", "SDE"], help="how to sample (default: ODE)")
     add = flag_group(parser, "solver")
     add(
         "--num-sampling-steps",
@@ -246,8 +250,7 @@ def add_solver_flags(parser):
         "N",
         "time points, both ends included: N - 1 steps, of as many network calls as the method makes per step (euler, "
         "Euler 1; midpoint, heun2, Heun 2; heun3 3; rk4 4), and one call more for an SDE's last step; adaptive ODE "
-        "methods choose their own steps",
-        default=250,
+        "methods choose their own steps (default: 250)",
     )
     add(
         "--sampling-method",
@@ -284,18 +287,19 @@ SDE_DEFAULTS = dict(
 
 
 def solver_settings(args):
-    """The keyword arguments of `Sampler.sample_ode` or `.sample_sde` that the solver flags mean.
+    """(mode, the keyword arguments of `Sampler.sample_ode` or `.sample_sde`) that the solver flags mean.
 
     Raises:
         ValueError: a flag of the other mode, which would be of no effect.
     """
-    own, other = (ODE_DEFAULTS, SDE_DEFAULTS) if args.mode == "ODE" else (SDE_DEFAULTS, ODE_DEFAULTS)
+    mode = args.mode or "ODE"
+    own, other = (ODE_DEFAULTS, SDE_DEFAULTS) if mode == "ODE" else (SDE_DEFAULTS, ODE_DEFAULTS)
     for name in other.keys() - own.keys():
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect on {args.mode}; it belongs to the other mode")
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {mode}; it belongs to the other mode")
     settings = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in own.items()}
     if settings.get("last_step") == "none":
         settings["last_step"] = None
     if args.time_shift is not None and settings["sampling_method"] in (*ADAPTIVE_ODE_METHODS, "scipy_solver"):
         raise ValueError(f"--time-shift has no effect on {settings['sampling_method']}, which chooses its own steps")
-    return settings | {"num_steps": args.num_sampling_steps, "time_shift": args.time_shift or 1.0}
+    return mode, settings | {"num_steps": args.num_sampling_steps or 250, "time_shift": args.time_shift or 1.0}

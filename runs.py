@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import itertools
 import os
 import pathlib
@@ -14,13 +12,11 @@ import uuid
 
 import checkpoint
 import distributed
+import files
 
 EXIT_DIVERGED = 3  # the loss was not finite for too many steps in a row
 EXIT_STOPPED = 75  # a signal asked it to stop, and it saved first; the same command continues (EX_TEMPFAIL)
 
-LOCK = ".lock"
-_held = []  # locks are held as long as their files are open
-LOCK_PATIENCE = 10  # seconds in which the ranks of a killed run can be expected to end
 # Flags that say where and how a run goes on, not what it computes.
 NOT_OF_THE_RUN = ("output_dir", "results_dir", "resume", "config", "dry_run")
 
@@ -139,21 +135,11 @@ def take_folder(output_dir):
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(output_dir / LOCK, "a+")
+        lock = files.hold(
+            output_dir, f"another run is writing to {output_dir}; wait for it, or give another --output-dir"
+        )
     except OSError as error:
         raise ValueError(f"the run's folder {output_dir} cannot be made or written to: {error.strerror}") from error
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            # POSIX's lock, which the loader's worker processes do not inherit.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                break  # a file system without locks
-        if time.monotonic() > deadline:
-            raise ValueError(f"another run is writing to {output_dir}; wait for it, or give another --output-dir")
-        time.sleep(0.2)
     token = uuid.uuid4().hex
     try:
         lock.truncate(0)
@@ -161,7 +147,6 @@ def take_folder(output_dir):
         lock.flush()
     except OSError as error:
         raise ValueError(f"the run's folder {output_dir} cannot be written to: {error.strerror}") from error
-    _held.append(lock)
     return token
 
 
@@ -171,7 +156,7 @@ def sees_folder(output_dir, token):
         return True  # and to close the file that holds the lock, after reading it, would give the lock up
     for _ in range(50):
         with contextlib.suppress(OSError):
-            if (output_dir / LOCK).read_text() == token:
+            if (output_dir / files.LOCK).read_text() == token:
                 return True
         time.sleep(0.2)
     return False

@@ -33,7 +33,7 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with options.user_errors(parser):
-        settings = options.solver_settings(args)
+        mode, settings = options.solver_settings(args)
         sampling.check_output(args.output)
         device = distributed.init()
         if distributed.rank() != 0:
@@ -46,15 +46,18 @@ def main():
         sampling.check_labels(labels, pipeline.model.num_classes)
         cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model)
         cfg_interval = sampling.resolve_cfg_interval(args.cfg_interval, cfg_scale)
-        how = dict(mode=args.mode, settings=settings, cfg_scale=cfg_scale, cfg_interval=cfg_interval, seed=args.seed)
-        sampling.make_sample_function(pipeline.transport, args.mode, settings, sampling.ImageNoise(0, [], device))
+        how = dict(mode=mode, settings=settings, cfg_scale=cfg_scale, cfg_interval=cfg_interval, seed=args.seed)
+        sampling.make_sample_function(pipeline.transport, mode, settings, sampling.ImageNoise(0, [], device))
 
     # Draw, and write the grid with the settings beside it.
     sampling.speed_up(pipeline, precision, args.compile)
     labels_of_images = labels * args.samples_per_class
     with options.user_errors(parser):
         batch_size = min(args.batch_size, len(labels_of_images))
-        images, counts = sampling.generate(pipeline, labels_of_images, batch_size=batch_size, **how)
+        drawn, counts = sampling.draw(pipeline, labels_of_images, batch_size=batch_size, **how)
+        if not drawn.isfinite().all():
+            raise ValueError("the network's output is not finite")
+        images = sampling.decode(pipeline, drawn, batch_size)
     columns = args.columns or (len(labels) if args.samples_per_class > 1 else max(4, math.ceil(math.sqrt(len(labels)))))
     sampling.save_grid(images, args.output, min(columns, len(images)))
     description = sampling.describe(pipeline, **how) | counts

@@ -35,7 +35,8 @@ LABEL_STREAM = 1 << 32  # beyond the number of any image, whose noise is drawn f
 class Pipeline:
     """All that sampling needs, on one device.
 
-    `guided_channels`: see `SiT.forward_with_cfg`. `precision`, `compiled`: how the model computes, see `speed_up`.
+    `guided_channels`: see `SiT.forward_with_cfg`. `model_config`: arguments of SiT. `precision`, `compiled`: how the
+    model computes, see `speed_up`.
     """
 
     model: SiT
@@ -43,8 +44,15 @@ class Pipeline:
     space: latents.Space
     device: torch.device
     guided_channels: int | None
+    model_config: dict = dataclasses.field(default_factory=dict)
     precision: str = "fp32"
     compiled: bool = False
+
+    @property
+    def image_shape(self):
+        """(H, W, C) of the images that are drawn."""
+        side = self.model.input_size * self.space.downsampling
+        return side, side, self.model.in_channels if self.space.in_pixels else 3
 
 
 def add_weights_flags(parser, with_space=True):
@@ -137,7 +145,8 @@ def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", **gi
         download.resolve(ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}")
     )
     try:
-        model = SiT(**_model_config(weights, given))
+        config = _model_config(weights, given)
+        model = SiT(**config)
         transport = create_transport(**_transport_config(weights, given))
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{weights.path}: its configuration is damaged: {error}") from error
@@ -151,6 +160,8 @@ def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", **gi
             f"--image-size {given['image_size']} contradicts the weights: they make images of {image_size} pixels"
         )
     checkpoint.load_into(model, weights.state_dict, weights.path)
+    if guided_channels not in (None, "all") and guided_channels > model.in_channels:
+        raise ValueError(f"--guided-channels {guided_channels}: the model has {model.in_channels}")
     guided_channels = guided_channels or ("all" if weights.own else 3)
     return Pipeline(
         model.to(device).eval().requires_grad_(False),
@@ -158,6 +169,7 @@ def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", **gi
         latents.open_space(vae, channels, device, latents.PRECISIONS[vae_precision]),
         device,
         None if guided_channels == "all" else guided_channels,
+        config,
     )
 
 
@@ -214,12 +226,18 @@ def draw_labels(count, num_classes, seed, balanced):
     return np.random.default_rng([seed, LABEL_STREAM]).integers(0, num_classes, count)
 
 
-def weights_digest(model):
-    """SHA-256 of a model's weights, by which two runs can tell whether they draw from the same."""
+def digests(pipeline):
+    """What two runs can tell by whether they draw from the same networks: SHA-256 of weights, and the VAE's scaling."""
+    space = pipeline.space
+    vae = {} if space.in_pixels else {"sha256": _digest(space.model), "scale": space.scale, "shift": space.shift}
+    return {"weights_sha256": _digest(pipeline.model), "vae": vae}
+
+
+def _digest(model):
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -410,8 +428,8 @@ def generate(pipeline, labels, *, batch_size=64, **how):
 class Background:
     """Calls functions in a thread, one after the other, on a stream of their own where there are streams.
 
-    So that images are decoded and written while the next are drawn. An exception that one raises is raised by a later
-    `submit`, or by `close`.
+    So that images are decoded and written while the next are drawn. A context manager; an exception that one raises is
+    raised by a later `submit`, or at the end of the block.
     """
 
     MOST_WAITING = 2  # what they work on is memory
@@ -435,11 +453,16 @@ class Background:
                 self.stream.wait_event(ready)
             function(*args)
 
-    def close(self):
-        """Wait until all is done."""
-        while self.waiting:
-            self.waiting.popleft().result()
-        self.thread.shutdown()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Wait until all is done; after an error, for what has begun."""
+        try:
+            while self.waiting and error is None:
+                self.waiting.popleft().result()
+        finally:
+            self.thread.shutdown(cancel_futures=True)
 
 
 def to_uint8(images):
@@ -477,6 +500,7 @@ def describe(pipeline, *, mode, settings, cfg_scale, seed, cfg_interval=WHOLE):
         "guided_channels": min(guided_channels, pipeline.model.in_channels) if cfg_scale != 1 else 0,
         "channels": pipeline.model.in_channels,
         "precision": pipeline.precision,
+        "model": pipeline.model_config,
         "path": type(pipeline.transport.path).__name__,
         "prediction": pipeline.transport.prediction,
         "sample_eps": pipeline.transport.sample_eps,

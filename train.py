@@ -164,6 +164,9 @@ def main():
         elif rank == 0:
             weights, notes = plan.initial_weights(args, config)
         space = plan.open_space(args, config, source, device)
+        for flag, value in (("--eval-reference", args.eval_reference), ("--inception-weights", args.inception_weights)):
+            if value is not None and not args.eval_every:
+                raise ValueError(f"{flag} has no effect without --eval-every")
         monitor = open_monitor(args, config, source, device) if args.eval_every else None
         packages = logs.import_trackers(args.tensorboard, args.wandb) if rank == 0 else {}
         token = distributed.on_rank_zero(runs.take_folder, output_dir)
@@ -191,6 +194,7 @@ def main():
         if parallel == "fsdp":
             distributed.shard(module, mesh, dtype)
         module.to_empty(device=device)
+        compute.choose_attention(module, device, precision)
     optimizer = training.build_optimizer(model, args.lr, args.betas or (0.9, 0.999), args.weight_decay)
     if start.state is None:
         for module in (model, ema):

@@ -44,6 +44,7 @@ def attention_flops(model_config):
 def training_step(model, batch_size, device, precision, average=True):
     """A function that makes a training step on random latents, with the functions of train.py."""
     plain = getattr(model, "module", model)
+    compute.choose_attention(plain, device, precision)
     x = torch.randn(batch_size, plain.in_channels, plain.input_size, plain.input_size, device=device)
     t, y = torch.rand(batch_size, device=device), torch.zeros(batch_size, dtype=torch.long, device=device)
     optimizer = training.build_optimizer(model, 1e-4, (0.9, 0.999), 0.0)

@@ -2,7 +2,7 @@
 
 Attention by backend and head size. SiT-XL has heads of 72 numbers, no size that kernels are made for. Each backend of
 PyTorch that takes the sizes is measured on heads as they are and on heads filled up with zeros to 80, 96 and 128, which
-changes nothing in the result.
+changes nothing in the result. "Two products" keeps the (T, T) weights; compute.py has it for few tokens on a CPU.
 
 Modulation (adaLN): shifts, scales and gates of all blocks by a product for each block, as the model has it; by one
 product with the weights of all blocks, laid together beforehand, as sampling could; and laid together in every step, as
@@ -31,7 +31,8 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "plain": SDPBackend.MATH,
+    "PyTorch's plain": SDPBackend.MATH,
+    "two products": "two products",
 }
 PADDED = (80, 96, 128)
 
@@ -42,8 +43,11 @@ def attention(backend, q, k, v, head_size, gradient):
 
     def compute():
         padded = [torch.nn.functional.pad(x, (0, head_size - x.shape[-1])) for x in (q, k, v)]
-        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
-            output = torch.nn.functional.scaled_dot_product_attention(*padded, scale=scale)[..., : q.shape[-1]]
+        if backend == "two products":
+            output = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        else:
+            with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                output = torch.nn.functional.scaled_dot_product_attention(*padded, scale=scale)[..., : q.shape[-1]]
         if gradient is not None:
             output.backward(gradient)
         return output
@@ -100,7 +104,8 @@ def main():
     gradient = torch.randn(shape, device=device, dtype=torch.bfloat16)
     forward, both = {}, {}
     for name, backend in BACKENDS.items():
-        for size in (head_size, *(size for size in PADDED if size > head_size)):
+        more = () if backend == "two products" else PADDED
+        for size in (head_size, *(size for size in more if size > head_size)):
             function = attention(backend, q.detach(), k.detach(), v.detach(), size, None)
             if works(function):
                 forward[name, size] = function

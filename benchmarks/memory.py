@@ -40,6 +40,7 @@ def measured(model_config, batch_size, precision, grad_checkpoint):
     before = measuring.peak_memory(device)
     model = SiT(**model_config).to(device).train()
     model.grad_checkpoint = grad_checkpoint
+    compute.choose_attention(model, device, precision)
     ema = [p.detach().clone() for p in model.parameters()]
     optimizer = training.build_optimizer(model, 1e-4, (0.9, 0.999), 0.0)
     x = torch.randn(batch_size, model.in_channels, model.input_size, model.input_size, device=device)

@@ -120,6 +120,11 @@ class Trainer:
         """Compute as a row says from here on."""
         compute.resolve_precision(row.precision, self.device, on_gpu="tf32")
         self.model.grad_checkpoint = row.grad_checkpoint
+        if row.fused:
+            compute.choose_attention(self.model, self.device, row.precision)
+        else:
+            for block in self.model.blocks:
+                block.attn.fused_attn = True  # as timm has it
         blocks = self.compiled_blocks if row.compiled == "blocks" else self.eager_blocks
         for block, forward in zip(self.model.blocks, blocks, strict=True):
             block.forward = forward
@@ -222,6 +227,7 @@ def losses_of(trainer, row, steps):
 
 def measure(trainer, rows, rounds, steps):
     """{row name: dict of figures}, medians over rounds, in each of which every row makes `steps` steps in turn."""
+    trainer.clock.parts()  # of what came before
     seconds = {row.name: [] for row in rows}
     parts = {row.name: {part: [] for part in PARTS} for row in rows}
     memory = {}

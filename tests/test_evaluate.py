@@ -63,6 +63,7 @@ def test_inception_score_of_known_distributions():
     certain = 50 * torch.eye(10).repeat(30, 1)  # ten classes, each image certain: the score is 10
     assert metrics.inception_score(certain) == pytest.approx(10, rel=1e-6)
     assert metrics.inception_score(torch.zeros(50, 10)) == pytest.approx(1)
+    assert metrics.inception_score(5000 * torch.eye(10)) == pytest.approx(10)  # where a probability is 0
     # Contiguous splits of 5,000, each of one class: nothing varies within a split.
     assert metrics.inception_score(50 * torch.eye(2).repeat_interleave(5000, 0)) == pytest.approx(1)
 
@@ -169,6 +170,13 @@ def test_pixels_have_a_figure_and_a_floor_of_their_own(tmp_path, monkeypatch, ca
     assert "fid" not in figures and "fd_pixels " in out and "\nfid" not in out
 
 
+def test_a_folder_of_grey_and_coloured_images_is_coloured(tmp_path):
+    Image.fromarray(np.full((4, 4), 7, np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(tmp_path / "b.png")
+    (images,) = evaluate.ImageBatches(tmp_path).batches(2)
+    assert images.shape == (2, 4, 4, 3) and images[0].max() == images[0].min() == 7
+
+
 def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     good = block_images(4, 0, 10, size=12)
     np.savez(tmp_path / "good.npz", arr_0=good)
@@ -177,6 +185,14 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "flat.npz", arr_0=good[0])
     np.savez(tmp_path / "labels.npz", arr_1=np.arange(3))
     np.savez(tmp_path / "half.npz", mu=np.zeros(3), sigma=np.eye(3))
+    sizes = dict(mu=2048, sigma=(2048, 2048), mu_s=2023, sigma_s=(2023, 2023))
+    whole_statistics = {key: np.zeros(size) for key, size in sizes.items()}
+    np.savez(tmp_path / "scalar.npz", **whole_statistics | {"mu": 3.0})
+    np.savez(tmp_path / "three.npz", **whole_statistics | {"mu": np.zeros(3), "sigma": np.eye(3)})
+    np.savez(tmp_path / "nan.npz", **whole_statistics | {"mu": np.full(2048, np.nan)})
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(good))
+    np.savez(tmp_path / "one.npz", arr_0=good[:1])
+    np.save(tmp_path / "array.npy", good)
     np.savez(tmp_path / "pickled.npz", arr_0=np.array([{"a": 1}], dtype=object))
     (tmp_path / "text.npz").write_text("no archive")
     whole = (tmp_path / "good.npz").read_bytes()
@@ -197,14 +213,35 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     assert "it holds no arr_0, but arr_1" in message("labels.npz")
     assert "statistics mu_s, sigma_s are missing" in message("good.npz", "half.npz")
     assert "arr_0 is object" in message("pickled.npz")
-    for name in ("text.npz", "cut.npz", "flipped.npz"):
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=good)
+    packed = bytearray((tmp_path / "packed.npz").read_bytes())
+    packed[len(packed) // 2] ^= 1
+    (tmp_path / "packed.npz").write_bytes(packed)
+    header = bytearray(whole)
+    header[header.index(b"descr") - 2 : header.index(b"descr")] = b"(("
+    (tmp_path / "header.npz").write_bytes(header)
+    short = whole.replace(b"'shape': (4, 12, 12, 3)", b"'shape': (9, 12, 12, 3)")
+    (tmp_path / "short.npz").write_bytes(short)
+    for name in ("text.npz", "cut.npz", "flipped.npz", "packed.npz", "header.npz", "short.npz", "array.npy"):
         assert name in message(name)
+    assert "in Fortran's order" in message("fortran.npz")
+    assert "one.npz: a covariance needs two images or more, not 1" in message("one.npz")
+    assert "Inception's are (2048,) and (2048, 2048)" in message("good.npz", "scalar.npz")
+    assert "mu and sigma are (3,) and (3, 3)" in message("good.npz", "three.npz")
+    assert "mu or sigma is not finite" in message("good.npz", "nan.npz")
     assert "the folder holds no images" in message("empty")
     assert "samples are (12, 12, 3), and the reference holds images of (6, 6, 3)" in message("good.npz", "small.npz")
+    words = ["good.npz", "good.npz", "--json"]
+    assert "would be written over what is read" in message(*words, tmp_path / "good.npz")
+    assert "is a folder" in message(*words, tmp_path / "empty")
+    assert "cannot" in message(*words, "/proc/x.json") or "No such file" in message(*words, "/proc/x.json")
+    assert whole == (tmp_path / "good.npz").read_bytes()
     assert "the folder /nowhere does not exist" in message("good.npz", "good.npz", "--json", "/nowhere/x.json")
+    words = [tmp_path / "good.npz", "--reference", tmp_path / "small.npz"]
+    assert "holds images of (12, 12), and" in fail("evaluate", words, capsys, monkeypatch)
     words = [tmp_path / "good.npz", "--reference", tmp_path / "good.npz", "--inception-weights"]
     assert "no such file" in fail("evaluate", [*words, tmp_path / "nowhere.pth"], capsys, monkeypatch)
-    assert "are not weights of this Inception" in fail("evaluate", [*words, tmp_path / "w.pth"], capsys, monkeypatch)
+    assert "holds no weights of this Inception" in fail("evaluate", [*words, tmp_path / "w.pth"], capsys, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert "cannot fetch Inception's weights" in fail("evaluate", words[:-1], capsys, monkeypatch)

@@ -68,7 +68,7 @@ def test_bits_of_a_uniform_density():
 
 
 def test_a_trained_model_on_any_number_of_ranks(digits_run, tmp_path):
-    words = ["likelihood.py", "--data-path", "digits", "--num-examples", 12, "--num-workers", 0]
+    words = ["likelihood.py", "--data-path", "digits", "--num-examples", 12]
     figures = {}
     for name, ckpt, processes, batch in (
         ("one", digits_run, 1, 12),

@@ -215,12 +215,12 @@ def test_the_official_command_lines_parse():
     shared = "--model SiT-XL/2 --vae mse --image-size 512 --num-classes 1000 --cfg-scale 4.0 --num-sampling-steps 250 "
     shared += "--seed 0 --ckpt x.pt --path-type GVP --prediction noise --loss-weight None --sample-eps 0 --train-eps 0"
     ode = parser.parse_args(f"ODE {shared} --sampling-method dopri5 --atol 1e-6 --rtol 1e-3 --reverse".split())
-    assert options.solver_settings(ode) == dict(
+    assert options.solver_settings(ode)[1] == dict(
         sampling_method="dopri5", atol=1e-6, rtol=1e-3, reverse=True, num_steps=250, time_shift=1.0
     )
     sde = "--sampling-method Heun --diffusion-form increasing-decreasing --diffusion-norm 1.0 --last-step None"
     sde = parser.parse_args(f"SDE {shared} {sde} --last-step-size 0.04".split())
-    assert options.solver_settings(sde) == dict(
+    assert options.solver_settings(sde)[1] == dict(
         sampling_method="Heun",
         diffusion_form="increasing-decreasing",
         diffusion_norm=1.0,

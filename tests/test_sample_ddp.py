@@ -6,12 +6,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from processes import Script, run
 
 import files
-import sample_ddp
 import sampling
+from models import SiT
+from parts import Parts
 
 WAYS = {"ODE": ["ODE", "--num-sampling-steps", 20], "SDE": ["SDE", "--num-sampling-steps", 20]}
 
@@ -34,6 +36,11 @@ def arrays(path):
         return content["arr_0"], content["arr_1"]
 
 
+def copy_folder(source, target):
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+
 @pytest.fixture(scope="module")
 def of_one_process(digits_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples")
@@ -46,7 +53,7 @@ def of_one_process(digits_run, tmp_path_factory):
 def test_ranks_and_batches_do_not_matter(mode, digits_run, of_one_process, tmp_path):
     result = draw(*flags(digits_run, tmp_path / "two.npz", mode, batch=7), processes=2)
     assert "100 images in" in result.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.json", "two.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.npz", "two.npz.json"]
     images, labels = arrays(tmp_path / "two.npz")
     expected, expected_labels = arrays(of_one_process / f"{mode}.npz")
     assert images.dtype == np.uint8 and images.shape == (100, 8, 8, 1) and labels.dtype == np.int64
@@ -64,7 +71,7 @@ def test_what_was_killed_is_continued(mode, digits_run, of_one_process, tmp_path
     script.signal(signal.SIGKILL)
     script.wait()
     there = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
-    kept = sum(sample_ddp.load_part(path).shape[0] for path in there)
+    kept = sum(len(np.load(path)) for path in there)
     assert 0 < kept < 100
     result = draw(*flags(digits_run, tmp_path / "killed.npz", mode, batch=7))
     assert f"{100 - kept} images in" in result.stdout
@@ -77,8 +84,7 @@ def test_what_was_killed_is_continued(mode, digits_run, of_one_process, tmp_path
 
 
 def test_other_settings_do_not_go_on_with_what_is_there(digits_run, of_one_process, tmp_path):
-    for path in of_one_process.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_folder(of_one_process, tmp_path)
     for change, message in (
         (dict(cfg_scale=2), "made with cfg_scale 1.5, not 2.0"),
         (dict(global_seed=1), "made with seed 0, not 1"),
@@ -89,25 +95,95 @@ def test_other_settings_do_not_go_on_with_what_is_there(digits_run, of_one_proce
     result = draw(*flags(digits_run / "checkpoint-3", tmp_path / "SDE.npz"), code=2)
     assert "made with weights_sha256" in result.stderr
     assert (tmp_path / "SDE.npz").read_bytes() == (of_one_process / "SDE.npz").read_bytes()
-    (tmp_path / "SDE.json").unlink()
+    (tmp_path / "SDE.npz.json").unlink()
     result = draw(*flags(digits_run, tmp_path / "SDE.npz"), code=2)
-    assert "nothing says how it was made" in result.stderr
+    assert "SDE.npz.json, which says how it was made, is not" in result.stderr
 
 
-def test_a_damaged_part_is_named(digits_run, tmp_path):
-    parts = tmp_path / "a.npz.parts"
+def half_made(output):
+    """Take a finished output back to what a kill would have left: two parts of ten. Returns (their folder, images)."""
+    images, _ = arrays(output)
+    description = json.loads(output.with_name(output.name + ".json").read_text())
+    parts = output.with_name(output.name + ".parts")
+    parts.mkdir()
+    (parts / "settings.json").write_text(json.dumps(description))
+    np.save(parts / "0000000-0000010.calls-20-40.npy", images[:10])
+    np.save(parts / "0000010-0000020.calls-20-40.npy", images[10:20])
+    output.unlink()
+    return parts, images
+
+
+def test_a_damaged_part_is_drawn_anew(digits_run, tmp_path):
     words = flags(digits_run, tmp_path / "a.npz", count=30, batch=10)
-    script = Script(*words)
-    while script.alive() and not list(parts.glob("*.npy")):
+    draw(*words)
+    parts, images = half_made(tmp_path / "a.npz")
+    cut = parts / "0000000-0000010.calls-20-40.npy"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    np.save(parts / "0000010-0000020.calls-20-40.npy", images[10:20, :4])  # of another size
+    result = draw(*words)
+    assert result.stdout.count("is damaged, and is drawn anew") == 2 and "30 images in" in result.stdout
+    assert np.array_equal(arrays(tmp_path / "a.npz")[0], images) and not parts.exists()
+
+
+def test_pngs_and_counts_are_complete_after_a_stop(digits_run, tmp_path):
+    """PNGs that were not asked for at first, or not written before a kill; what parts say of their network calls."""
+    words = flags(digits_run, tmp_path / "a.npz", count=30, batch=10)
+    draw(*words)
+    _, images = half_made(tmp_path / "a.npz")
+    result = draw(*words, "--save-png")
+    assert "10 images in" in result.stdout and "20 network calls per image (40 evaluations)" in result.stdout
+    pngs = sorted((tmp_path / "a.pngs").iterdir())
+    assert [path.name for path in pngs] == [f"{i:06d}.png" for i in range(30)]
+    for path in pngs[5:]:
+        path.unlink()
+    result = draw(*words, "--save-png")
+    assert "is there" in result.stdout
+    assert all(np.array_equal(np.asarray(Image.open(path)), images[i, ..., 0]) for i, path in enumerate(pngs))
+
+
+def test_one_process_at_a_time_writes_an_output(digits_run, tmp_path):
+    slow = flags(digits_run, tmp_path / "a.npz", count=5000, batch=10)
+    script = Script(*slow)
+    while script.alive() and not (tmp_path / "a.npz.parts" / "settings.json").exists():
         time.sleep(0.001)
+    result = draw(*slow, code=2)
+    assert "another process is drawing" in result.stderr and result.stderr.count("\n") == 1
+    assert script.alive()
     script.signal(signal.SIGKILL)
     script.wait()
-    part = next(parts.glob("*.npy"))
-    part.write_bytes(part.read_bytes()[:-9])
-    result = draw(*words, code=2)
-    assert f"{part} is damaged" in result.stderr and result.stderr.count("\n") == 1
-    part.unlink()
-    draw(*words)
+
+
+def test_another_autoencoder_does_not_go_on(small_vae, tmp_path):
+    """The same weights with a VAE of other weights, or of another scale, make other images."""
+    from diffusers import AutoencoderKL
+
+    vae = small_vae()
+    other = tmp_path / "other"
+    model = AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        model.decoder.conv_out.bias.add_(0.1)
+    model.save_pretrained(other)
+    scaled = small_vae(scaling_factor=0.5)
+    torch.manual_seed(0)
+    sizes = dict(input_size=4, in_channels=4, hidden_size=32, depth=1, num_heads=4, num_classes=10)
+    torch.save(SiT(**sizes).state_dict(), tmp_path / "model.pt")
+    words = ["sample_ddp.py", "SDE", "--num-sampling-steps", 3, "--num-fid-samples", 4, "--output", tmp_path / "v.npz"]
+    words += ["--ckpt", tmp_path / "model.pt", "--num-heads", 4]
+    draw(*words, "--vae", vae)
+    for different in (other, scaled):
+        result = draw(*words, "--vae", different, code=2)
+        assert "v.npz.json: made with vae" in result.stderr and result.stderr.count("\n") == 1
+    result = draw(*words[:-1], 2, "--vae", vae, code=2)
+    assert "made with model" in result.stderr
+
+
+def test_weights_that_are_not_finite_draw_nothing(tmp_path):
+    model = SiT(input_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=4, num_classes=10)
+    torch.nn.init.constant_(model.final_layer.linear.bias, float("nan"))
+    torch.save(model.state_dict(), tmp_path / "nan.pt")
+    words = ["--ckpt", tmp_path / "nan.pt", "--num-heads", 4, "--vae", "none", "--num-sampling-steps", 3]
+    result = draw("sample_ddp.py", "SDE", *words, "--num-fid-samples", 4, "--output", tmp_path / "n.npz", code=2)
+    assert "not finite" in result.stderr and not (tmp_path / "n.npz").exists()
 
 
 def test_balanced_labels_and_pngs(digits_run, tmp_path):
@@ -117,7 +193,7 @@ def test_balanced_labels_and_pngs(digits_run, tmp_path):
     assert np.bincount(labels).tolist() == [3] * 10
     for i in (0, 29):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "b.pngs" / f"{i:06d}.png")), images[i, ..., 0])
-    description = json.loads((tmp_path / "b.json").read_text())
+    description = json.loads((tmp_path / "b.npz.json").read_text())
     assert (description["network_calls_per_image"], description["network_evaluations_per_image"]) == (20, 40)
     assert description["balanced_labels"] and description["cfg_scale"] == 1.5
 
@@ -135,11 +211,18 @@ def test_a_protocol_holds_the_settings_of_the_paper(digits_run, tmp_path):
     words = ["sample_ddp.py", "--ckpt", digits_run, "--num-fid-samples", 2, "--output", tmp_path / "p.npz"]
     result = draw(*words, "--protocol", "paper-sde-cfg")
     assert "SDE Euler, 250 network calls per image (500 evaluations), guidance 1.5" in result.stdout
-    assert "for SiT-XL/2 at 256x256: 2.06, 4.49, 277.50, 0.83, 0.59" in result.stdout
+    assert "for SiT-XL/2 at 256x256: 2.06, 4.49, 277.50, 0.83, 0.59; these samples do not compare" in result.stdout
     result = draw(*words[:-1], tmp_path / "q.npz", "--protocol", "paper-ode")
     assert "ODE heun2, 250 network calls per image (250 evaluations), no guidance" in result.stdout
     result = draw(*words, "--protocol", "paper-ode", "--num-sampling-steps", 50, code=2)
     assert "--protocol paper-ode has --num-sampling-steps 126, not 50" in result.stderr
+    for more, message in (
+        (["--num-sampling-steps", 250], "--num-sampling-steps 126, not 250"),  # the value without a protocol
+        (["SDE"], "mode ODE, not SDE"),
+        (["--time-shift", 3], "--time-shift None, not 3"),
+        (["--sampling-method", "rk4"], "--sampling-method heun2, not rk4"),
+    ):
+        assert message in draw(*words, "--protocol", "paper-ode", *more, code=2).stderr
 
 
 def test_likelihood_points_elsewhere(digits_run, tmp_path):
@@ -156,11 +239,13 @@ def test_labels_do_not_depend_on_how_many_there_are():
 
 
 def test_missing_ranges(tmp_path):
+    there = Parts(tmp_path / "a.npz", 40, (2, 2, 1))
+    there.folder.mkdir()
     for begin, end in ((10, 20), (25, 30)):
-        (tmp_path / f"{begin:07d}-{end:07d}.npy").touch()
-    (tmp_path / ".0000030-0000040.npy.partial").touch()
-    expected = [(0, 8), (8, 10), (20, 25), (30, 38), (38, 40)]
-    assert sample_ddp.missing_ranges(tmp_path, 40, 8) == expected
+        np.save(there.folder / f"{begin:07d}-{end:07d}.calls-3-6.npy", np.zeros((end - begin, 2, 2, 1), np.uint8))
+    (there.folder / ".0000030-0000040.calls-3-6.npy.partial").touch()
+    assert there.missing(8) == [(0, 8), (8, 10), (20, 25), (30, 38), (38, 40)]
+    assert there.counts() == (3, 6)
 
 
 def test_an_npz_written_in_parts_is_the_array(tmp_path):
@@ -172,3 +257,5 @@ def test_an_npz_written_in_parts_is_the_array(tmp_path):
     assert np.array_equal(images, array) and np.array_equal(labels, np.arange(50))
     with files.NpzWriter(tmp_path / "b.npz") as archive, pytest.raises(ValueError, match="7 rows, and should have 8"):
         archive.write_array("arr_0", [array[:7]], 8)
+    with files.NpzWriter(tmp_path / "c.npz") as archive, pytest.raises(ValueError, match="after rows of uint8"):
+        archive.write_array("arr_0", [array[:7], array[7:, :2]], 50)

@@ -134,7 +134,7 @@ def test_sample_ddp_in_bf16_compiled(digits_run, tmp_path):
     plain, fast = (sampling.np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
     difference = abs(plain - fast)
     assert 0 < difference.max() and difference.mean() < 1  # grey levels
-    assert json.loads((tmp_path / "fast.json").read_text())["precision"] == "bf16"
+    assert json.loads((tmp_path / "fast.npz.json").read_text())["precision"] == "bf16"
     result = run(*words, "--output", tmp_path / "fast.npz")
     assert result.returncode == 2 and "precision 'bf16', not 'fp32'" in result.stderr
 
@@ -145,16 +145,13 @@ def test_tf32_is_refused_without_a_gpu(digits_run):
 
 
 def test_background_work_is_done_in_order_and_its_errors_arrive():
-    background, done, thread = sampling.Background(CPU), [], set()
-    for i in range(5):
-        background.submit(lambda i=i: (done.append(i), thread.add(threading.current_thread())))
-    background.close()
+    done, thread = [], set()
+    with sampling.Background(CPU) as background:
+        for i in range(5):
+            background.submit(lambda i=i: (done.append(i), thread.add(threading.current_thread())))
     assert done == [0, 1, 2, 3, 4] and threading.current_thread() not in thread
-
-    background = sampling.Background(CPU)
-    background.submit(lambda: open("/does/not/exist"))
-    with pytest.raises(FileNotFoundError):
-        background.close()
+    with pytest.raises(FileNotFoundError), sampling.Background(CPU) as background:
+        background.submit(lambda: open("/does/not/exist"))
 
 
 def test_batches_on_a_cpu_are_the_loaders():
