@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import compute
 from models import SiT
 
 # Dense peak of matrix products in 10^12 operations a second, by the name that CUDA gives the device and by precision:
@@ -54,10 +55,10 @@ def training_flops(model_config):
     return 3 * forward_flops(model_config)
 
 
-def activation_bytes(model_config, batch_size, precision, grad_checkpoint):
+def activation_bytes(model_config, batch_size, precision, grad_checkpoint, device):
     """Memory that a forward pass keeps for the backward pass: the tensors that autograd saves, each storage once.
 
-    Counted on tensors without data, as the CPU's kernels save them.
+    Counted on tensors without data, as the CPU's kernels save them; `device` decides how attention is computed.
     """
     storages = {}
 
@@ -69,6 +70,7 @@ def activation_bytes(model_config, batch_size, precision, grad_checkpoint):
     with FakeTensorMode():
         model, inputs = _on("cpu", model_config, batch_size)
         model.grad_checkpoint = grad_checkpoint
+        compute.choose_attention(model, device, precision)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), autocast:
@@ -78,7 +80,7 @@ def activation_bytes(model_config, batch_size, precision, grad_checkpoint):
     return total
 
 
-def training_memory(model_config, batch_size, precision, grad_checkpoint, shards):
+def training_memory(model_config, batch_size, precision, grad_checkpoint, shards, device):
     """Estimated memory of training on one device, as {part: bytes}.
 
     Without what the allocator wastes, the work space of kernels and the autoencoder; FSDP's gathered blocks are two.
@@ -86,6 +88,7 @@ def training_memory(model_config, batch_size, precision, grad_checkpoint, shards
     Args:
         batch_size: micro batch of one rank.
         shards: ranks that hold one model together; 1: every rank has its own.
+        device: where it trains.
     """
     weights = 4 * num_parameters(model_config)
     parts = {
@@ -93,7 +96,7 @@ def training_memory(model_config, batch_size, precision, grad_checkpoint, shards
         "gradients": weights / shards,
         "optimizer": 2 * weights / shards,
         "moving average": weights / shards,
-        "activations": activation_bytes(model_config, batch_size, precision, grad_checkpoint),
+        "activations": activation_bytes(model_config, batch_size, precision, grad_checkpoint, device),
     }
     if shards > 1:
         size = 2 if precision == "bf16" else 4

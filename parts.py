@@ -12,8 +12,8 @@ import shutil
 import numpy as np
 from PIL import Image
 
-import evaluate
 import files
+from images import ImageBatches
 
 # Images from the first number up to, not including, the second; network calls and evaluations that an image took.
 PART = re.compile(r"(\d+)-(\d+)\.calls-(\d+)-(\d+)\.npy")
@@ -134,7 +134,7 @@ class Parts:
         with _plain_errors(self.pngs):
             if self.output.exists():
                 begin = 0
-                for images in evaluate.ImageBatches(self.output).batches(256):
+                for images in ImageBatches(self.output).batches(256):
                     self.write_pngs(images, begin)
                     begin += len(images)
                 return

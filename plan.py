@@ -184,7 +184,7 @@ def open_dataset(args, config, source, sampler):
     return data.ImageDataset(source, image_size, channels, num_classes)
 
 
-def print_plan(args, config, micro_batch_size, precision, mesh, lines):
+def print_plan(args, config, micro_batch_size, precision, mesh, device, lines):
     """What --dry-run prints, on rank 0."""
     if distributed.rank() != 0:
         return
@@ -193,6 +193,6 @@ def print_plan(args, config, micro_batch_size, precision, mesh, lines):
     for line in lines:
         print(line)
     shards = 1 if mesh is None else mesh.shape[-1]
-    memory = costs.training_memory(config["model"], micro_batch_size, precision, args.grad_checkpoint, shards)
+    memory = costs.training_memory(config["model"], micro_batch_size, precision, args.grad_checkpoint, shards, device)
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
     print(f"estimated memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB = {parts}; without the autoencoder")

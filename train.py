@@ -27,6 +27,7 @@ import plan
 import runs
 import sampling
 import training
+from images import ImageBatches
 from models import SiT, SiT_models
 from transport import create_transport, logit_normal
 
@@ -154,7 +155,7 @@ def main():
         how_text = f"{parallel}, {precision} on {device.type}, torch {torch.__version__}"
         if args.dry_run:
             lines = [f"{plan.last_step(args, source, runs.Start()):,} {batch_text}", how_text]
-            plan.print_plan(args, config, micro_batch_size, precision, mesh, lines)
+            plan.print_plan(args, config, micro_batch_size, precision, mesh, device, lines)
             return distributed.shutdown()
         start = distributed.on_rank_zero(runs.find_start, args.resume, args.output_dir)
         output_dir = distributed.from_rank_zero(runs.choose_folder(args, start))
@@ -387,7 +388,7 @@ def open_monitor(args, config, source, device):
     size, channels = config["latents"]["image_size"], config["latents"]["channels"]
     shape = (size, size, channels if config["latents"]["vae"] == "none" else 3)
     if args.eval_reference is not None:
-        reference = evaluate.ImageBatches(args.eval_reference, may_be_statistics=True)
+        reference = ImageBatches(args.eval_reference, may_be_statistics=True)
     elif isinstance(source, data.Source) and source.labels is not None and math.prod(shape) <= evaluate.MOST_PIXELS:
         dataset = data.ImageDataset(source, size, shape[2], config["model"]["num_classes"])
         some = range(min(len(dataset), evaluate.MOST_REFERENCES))

@@ -83,7 +83,10 @@ def batches_on_device(loader, space, device):
         loader: of `data.make_loader`; endless.
         space: of latents.py.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = None
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))  # for the autoencoder's weights
 
     def prepare(images, labels, problems):
         return space.prepare(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True), problems
@@ -91,7 +94,8 @@ def batches_on_device(loader, space, device):
     def ahead():
         for batch in loader:
             with torch.cuda.stream(stream):
-                yield prepare(*batch), stream.record_event()
+                ready, done = prepare(*batch), stream.record_event()
+            yield ready, done  # not in the block, whose stream would be the caller's until it asks for the next
 
     try:
         if stream is None:

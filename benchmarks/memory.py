@@ -55,13 +55,15 @@ def measured(model_config, batch_size, precision, grad_checkpoint):
     return measuring.peak_memory(device) - before
 
 
-def estimate(model_config, batch_size, precision, grad_checkpoint):
-    return sum(costs.training_memory(model_config, batch_size, precision, grad_checkpoint, shards=1).values())
+def estimate(model_config, batch_size, precision, grad_checkpoint, device):
+    parts = costs.training_memory(model_config, batch_size, precision, grad_checkpoint, shards=1, device=device)
+    return sum(parts.values())
 
 
 def largest_batch(model_config, gib, grad_checkpoint):
     """The largest batch in bf16 whose estimate fits a GPU of so many GiB; 0: none does."""
-    one, two = (estimate(model_config, size, "bf16", grad_checkpoint) for size in (1, 2))  # linear in the batch
+    gpu = torch.device("cuda")
+    one, two = (estimate(model_config, size, "bf16", grad_checkpoint, gpu) for size in (1, 2))  # linear in the batch
     room = USABLE * gib * 2**30 - (2 * one - two)
     return min(LARGEST, max(0, int(room // (two - one))))
 
@@ -96,7 +98,7 @@ def main():
     for name, case in zip(names, cases, strict=True):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             there = pool.apply(measured, case)
-        guess = estimate(*case)
+        guess = estimate(*case, device)
         _, size, precision, grad_checkpoint = case
         figures.append(dict(model=name, batch_size=size, precision=precision, grad_checkpoint=grad_checkpoint))
         figures[-1] |= dict(estimated=guess, measured=there)

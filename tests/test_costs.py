@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import compute
 import costs
 from models import SiT
 
+CPU = torch.device("cpu")
 CONFIG = dict(
     input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=3, num_heads=4, num_classes=10, learn_sigma=False
 )
@@ -28,6 +30,7 @@ def test_parameters_are_counted_without_making_them():
 def test_activations_are_what_autograd_keeps(precision, grad_checkpoint):
     model = SiT(**CONFIG)
     model.grad_checkpoint = grad_checkpoint
+    compute.choose_attention(model, CPU, precision)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -41,11 +44,11 @@ def test_activations_are_what_autograd_keeps(precision, grad_checkpoint):
         output = model(x, t, y)
     expected = sum(size for address, (size, _) in kept.items() if address not in weights)
     assert output.requires_grad
-    assert costs.activation_bytes(CONFIG, 8, precision, grad_checkpoint) == pytest.approx(expected, rel=0.02)
+    assert costs.activation_bytes(CONFIG, 8, precision, grad_checkpoint, CPU) == pytest.approx(expected, rel=0.02)
 
 
 def test_memory_is_shared_among_shards():
-    whole, shared = (costs.training_memory(CONFIG, 8, "bf16", False, shards) for shards in (1, 4))
+    whole, shared = (costs.training_memory(CONFIG, 8, "bf16", False, shards, CPU) for shards in (1, 4))
     for part in ("weights", "gradients", "optimizer", "moving average"):
         assert shared[part] == whole[part] / 4
     assert whole["weights"] == 4 * costs.num_parameters(CONFIG) and shared["activations"] == whole["activations"]

@@ -14,6 +14,7 @@ from test_options import fail
 
 import evaluate
 import metrics
+from images import ImageBatches
 
 # ---------------------------------------------------------------------------------------------- metrics
 
@@ -142,7 +143,7 @@ def test_statistics_as_reference_and_grey_images(weights_file, tmp_path, monkeyp
     images = block_images(8, 3, 20, size=24)[..., :1]
     network, _ = evaluate.load_inception(weights_file, torch.device("cpu"))
     np.savez(tmp_path / "s.npz", arr_0=images)
-    batches = evaluate.ImageBatches(tmp_path / "s.npz")
+    batches = ImageBatches(tmp_path / "s.npz")
     _, _, (mu, sigma), (mu_s, sigma_s) = evaluate.features(network, batches, 3, torch.device("cpu"))
     np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     words = [tmp_path / "s.npz", "--reference", tmp_path / "stats.npz", "--inception-weights", weights_file]
@@ -173,7 +174,7 @@ def test_pixels_have_a_figure_and_a_floor_of_their_own(tmp_path, monkeypatch, ca
 def test_a_folder_of_grey_and_coloured_images_is_coloured(tmp_path):
     Image.fromarray(np.full((4, 4), 7, np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(tmp_path / "b.png")
-    (images,) = evaluate.ImageBatches(tmp_path).batches(2)
+    (images,) = ImageBatches(tmp_path).batches(2)
     assert images.shape == (2, 4, 4, 3) and images[0].max() == images[0].min() == 7
 
 
