@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import TINY, read_metrics
+from conftest import TINY, load_golden, read_metrics
 from processes import ROOT, run
 
 import compute
@@ -83,6 +83,21 @@ def test_compiled_sampling_agrees_and_fills_its_last_batch(pipeline):
     drawn, counts_of_compiled = draw(pipeline, "SDE", batch_size=2)
     assert counts_of_compiled == counts
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fast_paths_hold_the_golden_values(compiled):
+    golden = load_golden("model.npz")
+    model = SiT(**json.loads(golden["meta"])["config"]).eval().requires_grad_(False)
+    weights = {key: value for key, value in golden.items() if key.startswith("state_dict/")}
+    model.load_state_dict({key.removeprefix("state_dict/"): value for key, value in weights.items()})
+    compute.prepare_inference(model, CPU, "fp32", compiled)
+    assert not model.blocks[0].attn.fused_attn  # few tokens on a CPU
+    output = model(golden["x"], golden["t"], golden["y"])
+    torch.testing.assert_close(output, golden["forward"], atol=1e-5, rtol=0)
+    scale = json.loads(golden["meta"])["cfg_scale"]
+    output = model.forward_with_cfg(golden["cfg_x"], golden["cfg_t"], golden["cfg_y"], scale)
+    torch.testing.assert_close(output, golden["forward_with_cfg"], atol=1e-5, rtol=0)
 
 
 def test_a_time_that_all_share_is_embedded_once(pipeline):
