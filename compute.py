@@ -1,5 +1,7 @@
 """How the network's arithmetic is done: the precision of its matrix products, and compilation."""
 
+import contextlib
+
 import torch
 
 # What blocks compute in. Whatever the precision, weights in training, sums, times, noise and losses are float32.
@@ -11,6 +13,8 @@ MOST_TOKENS_OF_PLAIN_ATTENTION = {"fp32": 32, "bf16": 512}
 
 def resolve_precision(precision, device, on_gpu):
     """The precision to compute in, 'fp32', 'tf32' or 'bf16'; sets how PyTorch multiplies float32 matrices.
+
+    With bf16, too, GPUs may take TF32 for what is float32 then: an autoencoder, as in the official scripts.
 
     Args:
         precision: one of DTYPES; None: fp32 on a CPU, `on_gpu` on a GPU, or fp32 if that is bf16 and the GPU has none.
@@ -25,9 +29,25 @@ def resolve_precision(precision, device, on_gpu):
     if precision is None:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "fp32" if on_gpu == "bf16" and not has_bf16 else on_gpu
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    _allow_tf32(precision != "fp32")
     return precision
+
+
+def _allow_tf32(allowed):
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """Context or decorator under which float32 products and convolutions are float32, whatever the run's precision."""
+    was = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    _allow_tf32(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(was[0])
+        torch.backends.cudnn.allow_tf32 = was[1]
 
 
 def autocast(device, precision):

@@ -9,15 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import compute
 from models import SiT
 
-# Dense peak of matrix products in 10^12 operations a second, by the name that CUDA gives the device and by precision:
-# NVIDIA's data sheets, without sparsity.
+# Dense peak of matrix products in 10^12 operations a second, by precision and by the name that CUDA gives the device (a
+# part of a GPU and its laptop edition have others): NVIDIA's data sheets, without sparsity.
+A100 = {"bf16": 312, "tf32": 156, "fp32": 19.5}
 PEAK_TERAFLOPS = {
-    "A100": {"bf16": 312, "tf32": 156, "fp32": 19.5},
-    "H100 PCIe": {"bf16": 756, "tf32": 378, "fp32": 51},
-    "H100 80GB HBM3": {"bf16": 989, "tf32": 495, "fp32": 67},
-    "H200": {"bf16": 989, "tf32": 495, "fp32": 67},
-    "L40S": {"bf16": 362, "tf32": 183, "fp32": 92},
-    "RTX 4090": {"bf16": 165, "tf32": 83, "fp32": 83},
+    "NVIDIA A100-SXM4-40GB": A100,
+    "NVIDIA A100-SXM4-80GB": A100,
+    "NVIDIA A100-PCIE-40GB": A100,
+    "NVIDIA A100 80GB PCIe": A100,
+    "NVIDIA H100 PCIe": {"bf16": 756, "tf32": 378, "fp32": 51},
+    "NVIDIA H100 80GB HBM3": {"bf16": 989, "tf32": 495, "fp32": 67},
+    "NVIDIA H200": {"bf16": 989, "tf32": 495, "fp32": 67},
+    "NVIDIA L40S": {"bf16": 362, "tf32": 183, "fp32": 92},
+    "NVIDIA GeForce RTX 4090": {"bf16": 165, "tf32": 83, "fp32": 83},
 }
 
 
@@ -25,8 +29,8 @@ def peak_flops(device, precision):
     """Operations a second that a GPU's matrix products reach at most; None for a device that is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peaks[precision] * 1e12 for known, peaks in PEAK_TERAFLOPS.items() if known in name), None)
+    peaks = PEAK_TERAFLOPS.get(torch.cuda.get_device_name(device))
+    return peaks and peaks[precision] * 1e12
 
 
 def _on(device, model_config, batch_size):
@@ -56,10 +60,19 @@ def training_flops(model_config):
 
 
 def activation_bytes(model_config, batch_size, precision, grad_checkpoint, device):
-    """Memory that a forward pass keeps for the backward pass: the tensors that autograd saves, each storage once.
+    """Memory of what a forward pass keeps for the backward pass, with checkpoints also of the block computed again.
 
     Counted on tensors without data, as the CPU's kernels save them; `device` decides how attention is computed.
     """
+    kept = _saved_bytes(model_config, batch_size, precision, grad_checkpoint, device)
+    if grad_checkpoint:
+        everything = _saved_bytes(model_config, batch_size, precision, False, device)
+        kept += (everything - kept) // model_config["depth"]
+    return kept
+
+
+def _saved_bytes(model_config, batch_size, precision, grad_checkpoint, device):
+    """Memory of the tensors that autograd saves in a forward pass, each storage once."""
     storages = {}
 
     def count(tensor):
@@ -84,6 +97,8 @@ def training_memory(model_config, batch_size, precision, grad_checkpoint, shards
     """Estimated memory of training on one device, as {part: bytes}.
 
     Without what the allocator wastes, the work space of kernels and the autoencoder; FSDP's gathered blocks are two.
+    All activations and all gradients are there at once, as in DDP's buckets and with several micro batches; one process
+    with one micro batch takes up to the smaller of the two less.
 
     Args:
         batch_size: micro batch of one rank.

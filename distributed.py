@@ -18,8 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 # What a seed is used for, so that the same number of an epoch and of a step do not draw the same.
 ORDER_STREAM, STEP_STREAM = range(2)
-# How long a rank waits for the others. One that died is noticed at once; this ends waiting for one that hangs.
-TIMEOUT = datetime.timedelta(minutes=10)
+# How long a rank waits for the others. One that died is noticed at once; this ends waiting for one that hangs, and
+# leaves rank 0 time to write 50,000 images into one file.
+TIMEOUT = datetime.timedelta(minutes=30)
+# DDP cuts a compiled model where a bucket is full. A block of SiT-XL is 91 MiB, which PyTorch's 25 would cut in four.
+DDP_BUCKET_MIB = 256
 
 
 def init():
@@ -177,7 +180,9 @@ def replicate(model, device):
     if world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=DDP_BUCKET_MIB
+    )
 
 
 @contextlib.contextmanager

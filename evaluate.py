@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import compute
 import distributed
 import files
 import hub
@@ -120,6 +121,7 @@ class Monitor:
         self.of_reference = accumulated.result()
 
     @torch.no_grad()
+    @compute.without_tf32()
     def _features(self, images):
         if self.network is None:
             return metrics.pixels(images)
@@ -177,8 +179,6 @@ def evaluate_inception(samples, reference, args):
             f"{samples.path} holds images of {samples.shape[1:3]}, and {reference.path} of {reference.shape[1:3]}"
         )
     device = distributed.init()
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
     network, sha256 = load_inception(args.inception_weights, device)
     verified = is_published(sha256)
     if reference.statistics:
@@ -243,6 +243,7 @@ def load_inception(path, device):
 
 
 @torch.no_grad()
+@compute.without_tf32()
 def features(network, images, batch_size, device, most=None):
     """(pool features (N, 2048) float32, logits (N, 1008), moments of the pool features, moments of the spatial ones).
 

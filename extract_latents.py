@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
+import compute
 import data
 import distributed
 import files
@@ -46,6 +47,7 @@ def main():
     args = parser.parse_args()
     with options.user_errors(parser):
         device = distributed.init()
+        compute.resolve_precision(None, device, on_gpu="tf32")  # as train.py has it where it encodes images itself
         source = options.open_data(args)
         if not isinstance(source, data.Source):
             raise ValueError(f"--data-path {args.data_path} holds cached latents already")

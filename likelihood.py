@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import compute
 import data
 import distributed
 import files
@@ -49,6 +50,7 @@ def main():
     args = parser.parse_args()
     with options.user_errors(parser):
         device = distributed.init()
+        compute.resolve_precision("fp32", device, on_gpu="fp32")
         if args.streaming:
             raise ValueError("--streaming does not go with likelihoods, which draw examples by their number")
         source = options.open_data(args)

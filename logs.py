@@ -50,7 +50,7 @@ class LossWindow:
 
     def add(self, record, bad):
         """Add the records of a step, unless the tensor `bad` () is true."""
-        record[0] = 1
+        record[0].fill_(1)
         self.sums += torch.where(bad, 0, record)
 
     def take(self):

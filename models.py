@@ -212,7 +212,8 @@ class SiT(nn.Module):
         Returns:
             (N, in_channels, H, W)
         """
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        # In this order the sum is laid out as the positions are, token by token; the patches are channel by channel.
+        x = self.pos_embed + self.x_embedder(x)  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids)  # (N, D)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
@@ -240,7 +241,7 @@ class SiT(nn.Module):
             (2N, C, H, W): the guided prediction, twice.
         """
         half = x[: len(x) // 2]
-        output = self.forward(torch.cat([half, half]), t, y)
+        output = self.forward(torch.cat([half, half]), t, y).to(x.dtype)  # a difference that bf16 would round
         guided_channels = self.in_channels if guided_channels is None else guided_channels
         guided, rest = output[:, :guided_channels], output[:, guided_channels:]
         conditional, unconditional = guided.chunk(2)

@@ -315,12 +315,17 @@ class ImageNoise:
     def draw(self, shape):
         """(N, *shape) float32."""
         rows = [torch.from_numpy(g.standard_normal(shape, dtype=np.float32)) for g in self.generators]
-        return torch.stack(rows).to(self.device)
+        return self._on_device(rows)
 
     def uniform(self, shape):
         """(N, *shape) float32 in [0, 1)."""
-        rows = [torch.from_numpy(g.random(shape, dtype=np.float32)) for g in self.generators]
-        return torch.stack(rows).to(self.device)
+        return self._on_device([torch.from_numpy(g.random(shape, dtype=np.float32)) for g in self.generators])
+
+    def _on_device(self, rows):
+        rows = torch.stack(rows)
+        if self.device.type == "cuda":  # from pinned memory, so that the host does not wait and draws the next ones
+            rows = rows.pin_memory()
+        return rows.to(self.device, non_blocking=True)
 
     def randn_like(self, x):
         """Noise in the shape (N, ...) and dtype of x."""

@@ -42,14 +42,15 @@ def attention(backend, q, k, v, head_size, gradient):
     scale = q.shape[-1] ** -0.5
 
     def compute():
-        padded = [torch.nn.functional.pad(x, (0, head_size - x.shape[-1])) for x in (q, k, v)]
         if backend == "two products":
             output = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:
+            filling = head_size - q.shape[-1]
+            padded = [torch.nn.functional.pad(x, (0, filling)) for x in (q, k, v)] if filling else (q, k, v)
             with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
                 output = torch.nn.functional.scaled_dot_product_attention(*padded, scale=scale)[..., : q.shape[-1]]
         if gradient is not None:
-            output.backward(gradient)
+            torch.autograd.grad(output, (q, k, v), gradient)
         return output
 
     return compute
@@ -100,8 +101,10 @@ def main():
     head_size = SIZES[args.size]["hidden_size"] // heads
     shape = (batch_size, heads, args.tokens, head_size)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    gradient = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    # Laid out as the model has them: token by token, and in each q, k and v of all heads.
+    qkv = torch.randn(batch_size, args.tokens, 3, heads, head_size, device=device, dtype=torch.bfloat16)
+    q, k, v = (x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+    gradient = torch.randn_like(qkv[:, :, 0]).transpose(1, 2)
     forward, both = {}, {}
     for name, backend in BACKENDS.items():
         more = () if backend == "two products" else PADDED

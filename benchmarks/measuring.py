@@ -1,6 +1,8 @@
 """What the benchmarks share: rows that are measured in turn, times by part, peak memory, and tables."""
 
 import datetime
+import itertools
+import os
 import pathlib
 import platform
 import resource
@@ -67,6 +69,11 @@ def reset_peak_memory(device):
         CLEAR_REFS.write_text("5")
 
 
+def memory_of_tensors(device):
+    """Bytes of the tensors on a GPU now; 0 on a CPU, where `peak_memory` is the process's in any case."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def peak_memory(device):
     """Bytes that were in use at most: tensors on a GPU; on a CPU all of the process."""
     if device.type == "cuda":
@@ -76,6 +83,54 @@ def peak_memory(device):
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class PeakOfProcess:
+    """Context after which `bytes` is what the process took at its peak; on a GPU, with what its allocator keeps."""
+
+    def __init__(self, device):
+        self.device = device
+        self.bytes = None
+
+    def __enter__(self):
+        reset_peak_memory(self.device)
+        self.before = peak_memory(self.device)
+        return self
+
+    def __exit__(self, *exception):
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_reserved(self.device)
+        else:
+            self.bytes = peak_memory(self.device) - self.before
+
+
+class PeakOfTensors:
+    """Context after which `bytes` is what all tensors made in it took together at their peak.
+
+    On a CPU this is PyTorch's profiler, which takes memory itself.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.bytes = None
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print about GPUs that are not there
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.profile.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+            return
+        self.profile.__exit__(*exception)
+        changes = [event for event in self.profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes.sort(key=lambda event: event.start_ns())
+        self.bytes = max(itertools.accumulate(event.nbytes() for event in changes))
 
 
 def seconds_in_turn(rows, rounds, repeats, device):
@@ -107,10 +162,11 @@ def where(device):
 
 
 def print_table(columns, rows):
-    """A Markdown table of cells, which are turned into text; None is a dash."""
+    """A Markdown table of cells, which are turned into text; None is a dash, and a row may end early."""
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     for row in rows:
+        row = [*row, *[None] * (len(columns) - len(row))]
         print("| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |")
 
 

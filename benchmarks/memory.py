@@ -1,7 +1,8 @@
 """Memory of training: python benchmarks/memory.py
 
-First the estimates of `train.py --dry-run` beside measured peaks of this device, each in a process of its own: what the
-process takes beyond PyTorch itself. Then the largest batch of a GPU by the estimate, for sizes of GPUs and models.
+First the estimates of `train.py --dry-run` beside measured peaks of this device, each in a process of its own: of all
+tensors, and of what is taken from the system, with what the allocator wastes and libraries work in. Then the largest
+batch of a GPU by the estimate, for sizes of GPUs and models.
 """
 
 import json
@@ -31,13 +32,19 @@ def config_of(name, image_size):
     return dict(SiT_models[name].keywords, input_size=image_size // 8, in_channels=4, num_classes=1000)
 
 
-def measured(model_config, batch_size, precision, grad_checkpoint):
-    """Peak memory of three training steps in bytes, beyond what the process had before it made a model."""
+def measured(of_tensors, model_config, batch_size, precision, grad_checkpoint):
+    """Peak memory of three training steps in bytes: of all tensors, or what the process takes from the system."""
     device = distributed.init()
     compute.resolve_precision(precision, device, on_gpu="bf16")
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # libraries take their memory
-    measuring.reset_peak_memory(device)
-    before = measuring.peak_memory(device)
+    peak = (measuring.PeakOfTensors if of_tensors else measuring.PeakOfProcess)(device)
+    with peak:
+        train(device, model_config, batch_size, precision, grad_checkpoint)
+    return peak.bytes
+
+
+def train(device, model_config, batch_size, precision, grad_checkpoint):
+    """Three steps on one batch, with the functions of train.py."""
     model = SiT(**model_config).to(device).train()
     model.grad_checkpoint = grad_checkpoint
     compute.choose_attention(model, device, precision)
@@ -52,7 +59,6 @@ def measured(model_config, batch_size, precision, grad_checkpoint):
         loss.backward()
         training.step_optimizer(optimizer, loss.detach(), 1e-4)
         training.update_ema(ema, list(model.parameters()), 0.9999)
-    return measuring.peak_memory(device) - before
 
 
 def estimate(model_config, batch_size, precision, grad_checkpoint, device):
@@ -96,16 +102,16 @@ def main():
     ]
     names = [name for name in models for _ in range(3 * len(args.batch_sizes))]
     for name, case in zip(names, cases, strict=True):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            there = pool.apply(measured, case)
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            tensors, taken = (pool.apply(measured, (of_tensors, *case)) for of_tensors in (True, False))
         guess = estimate(*case, device)
         _, size, precision, grad_checkpoint = case
         figures.append(dict(model=name, batch_size=size, precision=precision, grad_checkpoint=grad_checkpoint))
-        figures[-1] |= dict(estimated=guess, measured=there)
+        figures[-1] |= dict(estimated=guess, tensors=tensors, taken=taken)
         again = "yes" if grad_checkpoint else "no"
-        cells = [f"{guess / 2**30:.2f}", f"{there / 2**30:.2f}", f"{there / guess:.2f}"]
-        lines.append([name, size, precision, again, *cells])
-    columns = ["model", "batch", "precision", "--grad-checkpoint", "estimated GiB", "measured GiB", "ratio"]
+        cells = [f"{tensors / 2**30:.2f} ({tensors / guess:.2f})", f"{taken / 2**30:.2f} ({taken / guess:.2f})"]
+        lines.append([name, size, precision, again, f"{guess / 2**30:.2f}", *cells])
+    columns = ["model", "batch", "precision", "--grad-checkpoint", "estimate, GiB", "tensors (ratio)", "taken (ratio)"]
     measuring.print_table(columns, lines)
     print(f"\nLargest batch of a GPU by the estimate, not measured: bf16, {USABLE:.0%} of the memory used;")
     print("in brackets with --grad-checkpoint; + for that number or more\n")

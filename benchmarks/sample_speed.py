@@ -72,6 +72,7 @@ class OfficialSampling:
     def __call__(self):
         """Latents (N, C, h, w)."""
         pipeline, how = self.pipeline, self.how
+        compute.resolve_precision(pipeline.precision, pipeline.device, on_gpu="tf32")
         model, device, count = pipeline.model, pipeline.device, len(self.labels)
         noise = sampling.ImageNoise(how["seed"], range(count), device)
         x = noise.draw((model.in_channels, model.input_size, model.input_size))
@@ -112,7 +113,12 @@ def drawing(pipeline, row, labels, how):
     own = dataclasses.replace(pipeline, model=copy.deepcopy(pipeline.model))
     sampling.speed_up(own, row.precision, row.compiled)
     more = dict(cfg_interval=row.interval, batch_size=len(labels), show_progress=False)
-    return lambda: sampling.draw(own, labels, **how, **more)[0]
+
+    def draw():
+        compute.resolve_precision(row.precision, pipeline.device, on_gpu="tf32")
+        return sampling.draw(own, labels, **how, **more)[0]
+
+    return draw
 
 
 def difference(a, b):
@@ -155,7 +161,7 @@ def build_parser():
     steps = "time points (default: 250 on a GPU, 5 on a CPU, where an image takes as much longer as it has more steps)"
     add("--num-sampling-steps", options.integer(2), "N", steps)
     add("--cfg-scale", options.number(), "S", "guidance scale", default=1.5)
-    add("--rounds", options.integer(1), "N", "rounds over all rows", default=5)
+    add("--rounds", options.integer(1), "N", "rounds over all rows (default: 3 on a GPU, 5 on a CPU)")
     add("--rows", options.integer(0), "N", "rows to measure, of 0 to 5; the first is always", nargs="+")
     parser.add_argument("--agreement", action="store_true", help="compare precisions for several solvers, and no speed")
     add("--json", pathlib.Path, "FILE", "write the figures there, too")
@@ -184,7 +190,7 @@ def main():
     how = dict(mode=args.mode, settings=settings | {"num_steps": num_steps}, cfg_scale=args.cfg_scale, seed=0)
     batch_size = args.batch_size or (32 if on_gpu else 4)
     labels = [(37 * i) % model.num_classes for i in range(batch_size)]
-    compute.resolve_precision(rows[0].precision, device, on_gpu="tf32")
+    pipeline.precision = rows[0].precision
     tokens = (model.input_size // model.patch_size) ** 2
     print(f"{name}, {tokens} tokens, {batch_size} images at a time; {measuring.where(device)}")
     how_text = f"{args.mode} {settings['sampling_method']}, {num_steps} time points, guidance {args.cfg_scale:g}"
@@ -194,14 +200,15 @@ def main():
         return measuring.print_table(columns, agreement(pipeline, labels, how, device))
 
     # That all rows draw the same, with warming up and compiling on the way; then how fast.
-    functions = {row.name: drawing(pipeline, row, labels, how) for row in rows}
-    drawn = {name: function() for name, function in functions.items()}
-    memory = {}
-    for name_of_row, function in functions.items():
+    functions, drawn, memory = {}, {}, {}
+    for row in rows:
+        of_the_others = measuring.memory_of_tensors(device)
+        functions[row.name] = drawing(pipeline, row, labels, how)
+        drawn[row.name] = functions[row.name]()
         measuring.reset_peak_memory(device)
-        function()
-        memory[name_of_row] = measuring.peak_memory(device)
-    seconds = measuring.seconds_in_turn(functions, args.rounds, 1, device)
+        functions[row.name]()
+        memory[row.name] = measuring.peak_memory(device) - of_the_others
+    seconds = measuring.seconds_in_turn(functions, args.rounds or (3 if on_gpu else 5), 1, device)
 
     # Say it.
     calls = sampling.make_sample_function(

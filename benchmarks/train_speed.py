@@ -5,8 +5,9 @@ project's words: float32 weights, TF32 products on a GPU, AdamW as PyTorch makes
 loop moves parameter by parameter, and the loss read in every step. Those after it add what train.py does, one by one.
 
 First each row trains a few steps, and its losses are held against the first row's. Then all rows are measured in turn,
-round by round; the figures are medians over rounds. Batches are cached latents that lie in memory: what reading them
-costs, benchmarks/data_speed.py says.
+round by round, each after a step to warm up; the figures are medians over rounds. All rows have one batch size; one for
+which a row's memory is too small leaves the others (SiT-XL/2 on 80 GB: 64 fits all, 128 those in bf16). Batches are
+cached latents that lie in memory: what reading them costs, benchmarks/data_speed.py says.
 """
 
 import dataclasses
@@ -64,6 +65,8 @@ def rows_for(device):
 class Trainer:
     """A model, its average and an optimizer of each kind, which the rows share: copies for each would not fit a GPU.
 
+    One optimizer at a time has a state: `use` drops the other's.
+
     Args:
         model: a new SiT.
         batch_size: images per step.
@@ -111,9 +114,10 @@ class Trainer:
             moments = torch.randn(self.batch_size, 2, *self.shape, generator=g)
             moments[:, 1] = 0.1 * moments[:, 1].abs()
             labels = torch.randint(0, self.model.num_classes, (self.batch_size,), generator=g)
+            moments /= self.space.scale
             if self.device.type == "cuda":
                 moments, labels = moments.pin_memory(), labels.pin_memory()
-            batches.append((moments / self.space.scale, labels, []))
+            batches.append((moments, labels, []))
         yield from itertools.cycle(batches)
 
     def use(self, row):
@@ -129,6 +133,7 @@ class Trainer:
         for block, forward in zip(self.model.blocks, blocks, strict=True):
             block.forward = forward
         self.network_forward = self.forwards["model" if row.compiled == "model" else None]
+        self.optimizers[not row.fused].state.clear()
 
     def step(self, row):
         """One step; the loss as a number for the official recipe, a tensor () otherwise."""
@@ -185,24 +190,37 @@ class Trainer:
 
 
 class WaitCounter(TorchDispatchMode):
-    """Counts the operations that hand a number from the device to the host: on a GPU, each waits for all before it."""
+    """Counts the operations for which the host waits on a GPU: values are read, or shapes that depend on values."""
+
+    WAITING = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+    )
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
+        masked = function is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        self.count += masked or function in self.WAITING
         return function(*args, **(kwargs or {}))
 
 
 def host_waits(trainer, row):
     """How often a step of a row makes the host wait for the device; on a GPU "some" or "none", as CUDA sees it."""
     if trainer.device.type == "cuda":
+        trainer.use(row)
+        trainer.step(row)
+        torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             trainer.step(row)
         except RuntimeError:
+            trainer.model.zero_grad()
             return "some"
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -216,24 +234,32 @@ def host_waits(trainer, row):
 
 
 def losses_of(trainer, row, steps):
-    """Losses of the first steps from the initial weights."""
+    """Losses of the first steps from the initial weights; None: the device has too little memory."""
     trainer.reset()
     trainer.use(row)
     start = time.perf_counter()
-    losses = [float(trainer.step(row)) for _ in range(steps)]
+    try:
+        losses = [float(trainer.step(row)) for _ in range(steps)]
+    except torch.OutOfMemoryError:
+        trainer.model.zero_grad()
+        losses = None
+    if losses is None:
+        torch.cuda.empty_cache()
+        return None
     print(f"{row.name}: {time.perf_counter() - start:.0f} s for {steps} steps, the first compiling", file=sys.stderr)
     return losses
 
 
 def measure(trainer, rows, rounds, steps):
     """{row name: dict of figures}, medians over rounds, in each of which every row makes `steps` steps in turn."""
-    trainer.clock.parts()  # of what came before
     seconds = {row.name: [] for row in rows}
     parts = {row.name: {part: [] for part in PARTS} for row in rows}
     memory = {}
     for _ in range(rounds):
         for row in rows:
             trainer.use(row)
+            trainer.step(row)
+            trainer.clock.parts()
             measuring.reset_peak_memory(trainer.device)
             (total,) = measuring.seconds_in_turn(
                 {row.name: lambda row=row: trainer.step(row)}, 1, steps, trainer.device
@@ -260,7 +286,7 @@ def build_parser():
     names = "SiT-XL/2 on a GPU, SiT-S/2 on a CPU"
     add("--model", options.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)} (default: {names})")
     add("--image-size", options.integer(16), "PIXELS", "latents are an eighth of it", default=256)
-    add("--batch-size", options.integer(1), "N", "images per step (default: 32 on a GPU, 8 on a CPU)")
+    add("--batch-size", options.integer(1), "N", "images per step (default: 64 on a GPU, 8 on a CPU)")
     add("--rounds", options.integer(1), "N", "rounds over all rows", default=5)
     add("--steps", options.integer(1), "N", "steps of a row in a round (default: 10 on a GPU, 2 on a CPU)")
     add("--check-steps", options.integer(1), "N", "steps whose losses are compared", default=20)
@@ -281,39 +307,40 @@ def main():
             raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
         torch.manual_seed(0)
         model = SiT_models[name](input_size=args.image_size // 8, num_classes=1000)
-    batch_size, steps = args.batch_size or (32 if on_gpu else 8), args.steps or (10 if on_gpu else 2)
+    batch_size, steps = args.batch_size or (64 if on_gpu else 8), args.steps or (10 if on_gpu else 2)
     trainer = Trainer(model, batch_size, device)
 
     # That all rows compute the same, and compile on the way; then how fast.
     losses = {row.name: losses_of(trainer, row, args.check_steps) for row in rows}
     official = losses[rows[0].name]
-    waits = {row.name: host_waits(trainer, row) for row in rows}
-    figures = measure(trainer, rows, args.rounds, steps)
+    fitting = [row for row in rows if losses[row.name] is not None]
+    waits = {row.name: host_waits(trainer, row) for row in fitting}
+    figures = measure(trainer, fitting, args.rounds, steps)
 
     # Say it.
     config = dict(SiT_models[name].keywords, input_size=args.image_size // 8)
     flops = costs.training_flops(config)
-    base = figures[rows[0].name]["seconds"]
-    lines = []
-    for row in rows:
+    base = official and figures[rows[0].name]["seconds"]
+    lines = [[row.name, "out of memory"] for row in rows if row not in fitting]
+    for row in fitting:
         f = figures[row.name]
         rate = batch_size / f["seconds"]
         peak = costs.peak_flops(device, row.precision)
-        difference = max(abs(a - b) / b for a, b in zip(losses[row.name], official, strict=True))
-        f |= {"images_per_second": rate, "ratio": base / f["seconds"], "loss_difference": difference}
+        difference = official and max(abs(a - b) / b for a, b in zip(losses[row.name], official, strict=True))
+        f |= {"images_per_second": rate, "ratio": base and base / f["seconds"], "loss_difference": difference}
         f |= {"mfu": peak and rate * flops / peak, "host_waits": waits[row.name]}
         lines.append(
             [
                 row.name,
                 f"{rate:.2f}",
-                f"{f['ratio']:.2f}",
+                base and f"{f['ratio']:.2f}",
                 f"{f['seconds'] * 1e3:.0f} ({f['fastest'] * 1e3:.0f} to {f['slowest'] * 1e3:.0f})",
                 *(f"{f['parts'][part] * 1e3:.1f}" for part in PARTS),
                 f"{rate * flops / 1e12:.2f}",
                 f["mfu"] and f"{f['mfu']:.1%}",
                 f"{f['memory'] / 2**30:.2f}",
                 f["host_waits"],
-                f"{difference:.1e}",
+                official and f"{difference:.1e}",
             ]
         )
     tokens = (config["input_size"] // config["patch_size"]) ** 2

@@ -12,6 +12,7 @@ from conftest import TINY, load_golden, read_metrics
 from processes import ROOT, run
 
 import compute
+import costs
 import options
 import sampling
 import training
@@ -21,6 +22,7 @@ from transport import create_transport
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import measuring  # noqa: E402
+import memory  # noqa: E402
 import sample_speed  # noqa: E402
 import train_speed  # noqa: E402
 
@@ -98,6 +100,37 @@ def test_fast_paths_hold_the_golden_values(compiled):
     scale = json.loads(golden["meta"])["cfg_scale"]
     output = model.forward_with_cfg(golden["cfg_x"], golden["cfg_t"], golden["cfg_y"], scale)
     torch.testing.assert_close(output, golden["forward_with_cfg"], atol=1e-5, rtol=0)
+
+
+def test_tokens_lie_one_after_another_in_every_block(pipeline):
+    """Else each normalisation would copy its input first."""
+    laid_out = []
+    for block in pipeline.model.blocks:
+        block.register_forward_pre_hook(lambda block, args: laid_out.append(args[0].is_contiguous()))
+    pipeline.model(torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([1, 2, 3]))
+    assert laid_out == [True] * len(pipeline.model.blocks)
+
+
+def test_guidance_is_combined_in_float32(pipeline):
+    """Of halves that bf16 rounded; rounding their difference too would cost the scale times as much."""
+    x, y, scale = torch.randn(2, 4, 8, 8), torch.tensor([1, 2, 10, 10]), 7.3
+    with torch.autocast("cpu", torch.bfloat16):
+        halves = pipeline.model(torch.cat([x, x]), torch.full((4,), 0.3), y)
+        guided = pipeline.model.forward_with_cfg(torch.cat([x, x]), torch.full((4,), 0.3), y, scale, None)
+    assert halves.dtype == torch.bfloat16 and guided.dtype == torch.float32
+    conditional, unconditional = halves.float().chunk(2)
+    torch.testing.assert_close(guided[:2], unconditional + scale * (conditional - unconditional))
+
+
+def test_without_tf32_and_back():
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with compute.without_tf32():
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_a_time_that_all_share_is_embedded_once(pipeline):
@@ -206,6 +239,21 @@ def test_peak_memory_is_measured_anew():
     before = measuring.peak_memory(CPU)
     big = torch.ones(1 << 26)
     assert measuring.peak_memory(CPU) - before > 200 * 2**20 and big.all()
+
+
+@pytest.mark.parametrize("precision, grad_checkpoint", [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_estimated_memory_is_that_of_the_tensors(precision, grad_checkpoint):
+    """Activations are most of it here; a single process holds them and gradients not quite at once."""
+    with measuring.PeakOfTensors(CPU) as counted:
+        big = torch.ones(1 << 20)
+        del big
+        torch.ones(1 << 18)
+    assert counted.bytes == pytest.approx(4 << 20, rel=0.01)
+    config = dict(SIZES, depth=6, patch_size=2)
+    with measuring.PeakOfTensors(CPU) as peak:
+        memory.train(CPU, config, 512, precision, grad_checkpoint)
+    estimate = sum(costs.training_memory(config, 512, precision, grad_checkpoint, shards=1, device=CPU).values())
+    assert 0.9 < peak.bytes / estimate < 1.1
 
 
 def test_sampling_takes_no_more_memory_for_more_steps(digits_run, tmp_path):
