@@ -7,7 +7,8 @@ interval of times, which is another thing to compute, and are there for what it 
 
 Weights are random, and not zero where training begins with zeros; with --ckpt they are those of a checkpoint. Rows are
 measured in turn, round by round; the figures are medians over rounds. The difference to the first row is relative, in
-the 2-norm over all latents. --agreement compares precisions for other solvers, too.
+the 2-norm over all latents. --agreement compares precisions for other solvers, too; --halves the two ways to compute
+the halves of guidance, in one batch as here or one after the other.
 """
 
 import copy
@@ -149,6 +150,30 @@ def agreement(pipeline, labels, how, device):
         yield [solver, *cells]
 
 
+@torch.no_grad()
+def halves(pipeline, batch_size, rounds):
+    """Rows of a table: for some batch sizes, ms of a guided network call whose halves are one batch, and two."""
+    model, device = pipeline.model, pipeline.device
+    plain = rows_for(device)[1].precision
+    for precision in (plain, "bf16"):
+        own = dataclasses.replace(pipeline, model=copy.deepcopy(model))
+        sampling.speed_up(own, precision, False)
+        for count in sorted({1, 4, batch_size}):
+            x = torch.randn(2 * count, model.in_channels, model.input_size, model.input_size, device=device)
+            t, y = torch.full((1,), 0.5, device=device), torch.zeros(2 * count, dtype=torch.long, device=device)
+
+            def call(parts, own=own, precision=precision, x=x, t=t, y=y):
+                compute.resolve_precision(precision, device, on_gpu="tf32")
+                with compute.autocast(device, precision):
+                    for some, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                        own.model(some, t, labels)
+
+            ways = {"one": lambda call=call: call(1), "two": lambda call=call: call(2)}
+            measuring.seconds_in_turn(ways, 1, 1, device)  # warms up
+            one, two = (measuring.median(s) for s in measuring.seconds_in_turn(ways, rounds, 5, device).values())
+            yield [precision, count, f"{one * 1e3:.1f}", f"{two * 1e3:.1f}", f"{two / one:.2f}"]
+
+
 def build_parser():
     parser = options.Parser(description="Images per second of guided sampling, from the official recipe to this one.")
     add = options.flag_group(parser, "measurement")
@@ -163,7 +188,9 @@ def build_parser():
     add("--cfg-scale", options.number(), "S", "guidance scale", default=1.5)
     add("--rounds", options.integer(1), "N", "rounds over all rows (default: 3 on a GPU, 5 on a CPU)")
     add("--rows", options.integer(0), "N", "rows to measure, of 0 to 5; the first is always", nargs="+")
-    parser.add_argument("--agreement", action="store_true", help="compare precisions for several solvers, and no speed")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--agreement", action="store_true", help="compare precisions for several solvers, not speed")
+    instead.add_argument("--halves", action="store_true", help="compare guidance in one batch and in two, no more")
     add("--json", pathlib.Path, "FILE", "write the figures there, too")
     return parser
 
@@ -194,6 +221,11 @@ def main():
     tokens = (model.input_size // model.patch_size) ** 2
     print(f"{name}, {tokens} tokens, {batch_size} images at a time; {measuring.where(device)}")
     how_text = f"{args.mode} {settings['sampling_method']}, {num_steps} time points, guidance {args.cfg_scale:g}"
+    rounds = args.rounds or (3 if on_gpu else 5)
+    if args.halves:
+        print("a guided network call, eager: both halves in one batch, and one after the other\n")
+        columns = ["precision", "images", "one batch, ms", "two batches, ms", "ratio"]
+        return measuring.print_table(columns, halves(pipeline, batch_size, rounds))
     if args.agreement:
         print(f"{how_text}: relative difference of latents; of decoded pixels in grey levels, mean and largest\n")
         columns = ["solver", *(f"{what} to {rows[0].precision}" for what in ("bf16", "compiled", "both"))]
@@ -208,7 +240,7 @@ def main():
         measuring.reset_peak_memory(device)
         functions[row.name]()
         memory[row.name] = measuring.peak_memory(device) - of_the_others
-    seconds = measuring.seconds_in_turn(functions, args.rounds or (3 if on_gpu else 5), 1, device)
+    seconds = measuring.seconds_in_turn(functions, rounds, 1, device)
 
     # Say it.
     calls = sampling.make_sample_function(
