@@ -69,10 +69,14 @@ def choose_attention(model, device, precision):
 def compile_training(model, parallel):
     """Compile the forward pass as one graph, in place; under FSDP, whose gathering is not to be traced, each block's.
 
-    `fullgraph` makes a graph break an error.
+    `fullgraph` makes a graph break an error. The labels' embedding stays outside: compiled, its gradient is summed by
+    threads in an order that is up to chance, and a run would not continue to the same bytes.
     """
-    for module in model.blocks if parallel == "fsdp" else [model]:
-        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+    if parallel == "fsdp":
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    else:
+        model.forward_embedded = torch.compile(model.forward_embedded, fullgraph=True, dynamic=False)
 
 
 def prepare_inference(model, device, precision, compiled):
@@ -85,4 +89,4 @@ def prepare_inference(model, device, precision, compiled):
     model.blocks.to(DTYPES[precision])
     if compiled:
         mode = "reduce-overhead" if device.type == "cuda" else "default"
-        model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+        model.forward_embedded = torch.compile(model.forward_embedded, fullgraph=True, dynamic=False, mode=mode)

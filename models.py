@@ -212,9 +212,13 @@ class SiT(nn.Module):
         Returns:
             (N, in_channels, H, W)
         """
+        return self.forward_embedded(x, t, self.y_embedder(y, force_drop_ids))
+
+    def forward_embedded(self, x, t, labels):
+        """`forward` with labels that are embedded already (N, D); what `compute.compile_training` compiles."""
         # In this order the sum is laid out as the positions are, token by token; the patches are channel by channel.
         x = self.pos_embed + self.x_embedder(x)  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids)  # (N, D)
+        c = self.t_embedder(t) + labels  # (N, D)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, c, use_reentrant=False)  # (N, T, D)

@@ -19,6 +19,7 @@ import measuring  # noqa: E402
 import compute  # noqa: E402
 import costs  # noqa: E402
 import distributed  # noqa: E402
+import files  # noqa: E402
 import options  # noqa: E402
 import training  # noqa: E402
 from models import SiT, SiT_models  # noqa: E402
@@ -88,10 +89,14 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with options.user_errors(parser):
-        device = distributed.init()
+        if args.json is not None:
+            files.check_output("--json", args.json)
         if args.image_size % 8:
             raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
-    models = args.models or (["SiT-S/2", "SiT-XL/2"] if device.type == "cuda" else ["SiT-S/2"])
+        device = distributed.init()
+        models = args.models or (["SiT-S/2", "SiT-XL/2"] if device.type == "cuda" else ["SiT-S/2"])
+        for name in models:
+            costs.num_parameters(config_of(name, args.image_size))  # is there such a model?
     print(f"images of {args.image_size}; {measuring.where(device)}\n")
     lines, figures = [], []
     cases = [

@@ -26,6 +26,7 @@ import measuring  # noqa: E402
 import compute  # noqa: E402
 import costs  # noqa: E402
 import distributed  # noqa: E402
+import files  # noqa: E402
 import latents  # noqa: E402
 import options  # noqa: E402
 import sampling  # noqa: E402
@@ -180,7 +181,7 @@ def build_parser():
     names = "SiT-XL/2 on a GPU, SiT-S/2 on a CPU"
     add("--model", options.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)} (default: {names})")
     add("--ckpt", str, "PATH", "weights of a checkpoint of train.py, in place of random ones of --model")
-    add("--image-size", options.integer(16), "PIXELS", "latents are an eighth of it", default=256)
+    add("--image-size", options.integer(16), "PIXELS", "latents are an eighth of it (default: 256)")
     add("--batch-size", options.integer(1), "N", "images at a time (default: 32 on a GPU, 4 on a CPU)")
     add("--mode", options.one_of("SDE", "ODE"), "SDE|ODE", "SDE: Euler-Maruyama; ODE: heun2", default="SDE")
     steps = "time points (default: 250 on a GPU, 5 on a CPU, where an image takes as much longer as it has more steps)"
@@ -199,14 +200,19 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with options.user_errors(parser):
+        if args.json is not None:
+            files.check_output("--json", args.json)
+        if args.ckpt is not None and (args.model is not None or args.image_size is not None):
+            raise ValueError("--ckpt says the model and its size itself; leave out --model and --image-size")
+        image_size = args.image_size or 256
+        if image_size % 8:
+            raise ValueError(f"--image-size {image_size} is no multiple of 8")
         device = distributed.init()
         on_gpu = device.type == "cuda"
         name = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
         rows = measuring.choose(rows_for(device), args.rows)
-        if args.image_size % 8:
-            raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
         if args.ckpt is None:
-            pipeline = random_pipeline(name, args.image_size // 8, device)
+            pipeline = random_pipeline(name, image_size // 8, device)
         else:
             name, pipeline = args.ckpt, sampling.load_pipeline(args.ckpt, device)
     model = pipeline.model
@@ -246,7 +252,7 @@ def main():
     calls = sampling.make_sample_function(
         pipeline.transport, args.mode, how["settings"], sampling.ImageNoise(0, [], device)
     ).network_calls
-    config = dict(SiT_models[name].keywords, input_size=args.image_size // 8) if args.ckpt is None else None
+    config = dict(SiT_models[name].keywords, input_size=image_size // 8) if args.ckpt is None else None
     base = measuring.median(seconds[rows[0].name])
     figures, lines = {}, []
     for row in rows:

@@ -27,6 +27,7 @@ import measuring  # noqa: E402
 import compute  # noqa: E402
 import costs  # noqa: E402
 import distributed  # noqa: E402
+import files  # noqa: E402
 import latents  # noqa: E402
 import logs  # noqa: E402
 import options  # noqa: E402
@@ -85,10 +86,9 @@ class Trainer:
         }
         self.space = latents.CachedSpace("none", device, torch.float32, 0.18215, 0.0)
         self.shape = (model.in_channels, model.input_size, model.input_size)
-        self.forwards = {None: model.forward}
+        self.forwards = {None: model.forward_embedded}
         compute.compile_training(model, "one process")
-        self.forwards["model"] = model.forward
-        del model.forward  # the method of the class again
+        self.forwards["model"] = model.forward_embedded
         self.eager_blocks = [block.forward for block in model.blocks]
         compute.compile_training(model, "fsdp")
         self.compiled_blocks = [block.forward for block in model.blocks]
@@ -132,7 +132,7 @@ class Trainer:
         blocks = self.compiled_blocks if row.compiled == "blocks" else self.eager_blocks
         for block, forward in zip(self.model.blocks, blocks, strict=True):
             block.forward = forward
-        self.network_forward = self.forwards["model" if row.compiled == "model" else None]
+        self.model.forward_embedded = self.forwards["model" if row.compiled == "model" else None]
         self.optimizers[not row.fused].state.clear()
 
     def step(self, row):
@@ -148,7 +148,7 @@ class Trainer:
 
         def network(x, t, **labels):
             with compute.autocast(self.device, row.precision):
-                output = self.network_forward(x, t, **labels)
+                output = self.model(x, t, **labels)
             return output.float()
 
         kwargs = dict(y=y, force_drop_ids=drop < DROPOUT)
@@ -299,6 +299,8 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with options.user_errors(parser):
+        if args.json is not None:
+            files.check_output("--json", args.json)
         device = distributed.init()
         on_gpu = device.type == "cuda"
         name = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")

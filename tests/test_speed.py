@@ -74,13 +74,13 @@ def test_bf16_weights_compute_what_autocast_computes(pipeline):
 def test_compiled_sampling_agrees_and_fills_its_last_batch(pipeline):
     expected, counts = draw(pipeline, "SDE")
     sizes = set()
-    plain = pipeline.model.forward
-    pipeline.model.forward = lambda x, t, y: sizes.add((len(x), len(t))) or plain(x, t, y)
+    plain = pipeline.model.forward_embedded
+    pipeline.model.forward_embedded = lambda x, t, labels: sizes.add((len(x), len(t))) or plain(x, t, labels)
     pipeline.compiled = True
     drawn, _ = draw(pipeline, "SDE", batch_size=2)  # five images: batches of 2, 2 and 1
     assert sizes == {(4, 1)}  # guided, with one time for all
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
-    del pipeline.model.forward
+    del pipeline.model.forward_embedded
     sampling.speed_up(pipeline, "fp32", compiled=True)
     drawn, counts_of_compiled = draw(pipeline, "SDE", batch_size=2)
     assert counts_of_compiled == counts
@@ -173,6 +173,29 @@ def test_compiled_runs_in_bf16_go_on_to_the_same_bytes(tmp_path):
         assert whole == parts
     whole, parts = ([line["loss"] for line in read_metrics(tmp_path / folder)] for folder in ("whole", "parts"))
     assert whole == parts
+
+
+def test_compiled_gradients_do_not_depend_on_the_order_of_threads():
+    """Many images of few classes, whose gradients meet in the labels' table; on a thread each."""
+    torch.manual_seed(0)
+    model = SiT(**SIZES).train()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    compute.compile_training(model, "one process")
+    inputs = torch.randn(128, 4, 8, 8), torch.rand(128), torch.randint(0, 10, (128,)), torch.rand(128) < 0.1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = []
+        for _ in range(8):
+            model.zero_grad()
+            model(*inputs).square().sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    finally:
+        torch.set_num_threads(threads)
+    assert gradients[0][0].any()
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
 
 
 def test_sample_ddp_in_bf16_compiled(digits_run, tmp_path):
