@@ -7,7 +7,7 @@ import torch
 # What blocks compute in. Whatever the precision, weights in training, sums, times, noise and losses are float32.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
-# Tokens up to which a CPU is faster without the fused kernel of attention.
+# Tokens up to which a CPU is faster without the fused kernel of attention; timed on one CPU with bf16 instructions.
 MOST_TOKENS_OF_PLAIN_ATTENTION = {"fp32": 32, "bf16": 512}
 
 
@@ -82,8 +82,8 @@ def compile_training(model, parallel):
 def prepare_inference(model, device, precision, compiled):
     """Make a model that is not trained fast, in place: its blocks' weights in `precision`, its forward pass compiled.
 
-    To be called under `autocast`, which then has no weights of blocks left to convert. On a GPU the compiled pass is
-    recorded as CUDA graphs, one for each batch size, whose output the next call overwrites.
+    The model is then to be called under `autocast`, which then has no weights of blocks left to convert. On a GPU the
+    compiled pass is recorded as CUDA graphs, one for each batch size, whose output the next call overwrites.
     """
     choose_attention(model, device, precision)
     model.blocks.to(DTYPES[precision])

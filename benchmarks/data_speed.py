@@ -6,7 +6,6 @@ them). Then reads every source in turn, round by round, in one process, and prin
 does what a DiT-style script does: ImageFolder with the same crop, flip, ToTensor and Normalize, in a DataLoader.
 """
 
-import itertools
 import pathlib
 import statistics
 import subprocess
@@ -78,8 +77,9 @@ def torchvision_loader(folder, image_size, batch_size, num_workers):
         ]
     )
     dataset = ImageFolder(folder, transform=transform)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=num_workers)
-    return itertools.chain.from_iterable(loader for _ in itertools.count())
+    # Epoch after epoch without an end, at which workers would start anew: that of a large data set is far away.
+    endless = torch.utils.data.RandomSampler(dataset, num_samples=10**9)
+    return iter(torch.utils.data.DataLoader(dataset, batch_size, sampler=endless, num_workers=num_workers))
 
 
 def project_loader(path, image_size, batch_size, num_workers, streaming=False):

@@ -41,8 +41,8 @@ def attention_flops(model_config):
     return 2 * 2 * tokens**2 * model_config["hidden_size"] * model_config["depth"]
 
 
-def training_step(model, batch_size, device, precision, average=True):
-    """A function that makes a training step on random latents, with the functions of train.py."""
+def training_step(model, batch_size, device, precision):
+    """A function that makes a training step on random latents, with the optimizer and the average of train.py."""
     plain = getattr(model, "module", model)
     compute.choose_attention(plain, device, precision)
     x = torch.randn(batch_size, plain.in_channels, plain.input_size, plain.input_size, device=device)

@@ -1,6 +1,6 @@
 """Parts of a block by themselves: python benchmarks/kernel_speed.py
 
-Attention by backend and head size. SiT-XL has heads of 72 numbers, no size that kernels are made for. Each backend of
+Attention by backend and head size. SiT-XL has heads of 72 numbers, no power of two. Each backend of
 PyTorch that takes the sizes is measured on heads as they are and on heads filled up with zeros to 80, 96 and 128, which
 changes nothing in the result. "Two products" keeps the (T, T) weights; compute.py has it for few tokens on a CPU.
 
@@ -110,10 +110,9 @@ def main():
         more = () if backend == "two products" else PADDED
         for size in (head_size, *(size for size in more if size > head_size)):
             function = attention(backend, q.detach(), k.detach(), v.detach(), size, None)
-            if works(function):
-                forward[name, size] = function
-                both[name, size] = attention(backend, q, k, v, size, gradient)
-                both[name, size]()  # warms up
+            backward = attention(backend, q, k, v, size, gradient)
+            if works(function) and works(backward):  # and both are warm
+                forward[name, size], both[name, size] = function, backward
     medians = [
         {
             row: measuring.median(values)

@@ -130,7 +130,7 @@ class PeakOfTensors:
         self.profile.__exit__(*exception)
         changes = [event for event in self.profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         changes.sort(key=lambda event: event.start_ns())
-        self.bytes = max(itertools.accumulate(event.nbytes() for event in changes))
+        self.bytes = max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def seconds_in_turn(rows, rounds, repeats, device):

@@ -45,7 +45,7 @@ def measured(of_tensors, model_config, batch_size, precision, grad_checkpoint):
 
 
 def train(device, model_config, batch_size, precision, grad_checkpoint):
-    """Three steps on one batch, with the functions of train.py."""
+    """Three steps on one batch, with the optimizer and the average of train.py."""
     model = SiT(**model_config).to(device).train()
     model.grad_checkpoint = grad_checkpoint
     compute.choose_attention(model, device, precision)
@@ -95,7 +95,7 @@ def main():
             raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
         device = distributed.init()
         models = args.models or (["SiT-S/2", "SiT-XL/2"] if device.type == "cuda" else ["SiT-S/2"])
-        for name in models:
+        for name in {*models, "SiT-S/2"}:  # that of the last table, too
             costs.num_parameters(config_of(name, args.image_size))  # is there such a model?
     print(f"images of {args.image_size}; {measuring.where(device)}\n")
     lines, figures = [], []

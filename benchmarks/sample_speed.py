@@ -2,8 +2,9 @@
 
 Every row draws the same latents from the same noise by the same solver. The first is the official recipe in this
 project's words: float32 weights, TF32 products on a GPU, guidance on a doubled batch whose halves both go through the
-solver, and all of its states kept. The rows after it add what sample_ddp.py does, one by one; the last two guide in an
-interval of times, which is another thing to compute, and are there for what it saves.
+solver, and all of its states kept; its SDE steps make one network call, as here, where the official code makes two. The
+rows after it add what sample_ddp.py does, one by one; the last two guide in an interval of times, which is another
+thing to compute, and are there for what it saves.
 
 Weights are random, and not zero where training begins with zeros; with --ckpt they are those of a checkpoint. Rows are
 measured in turn, round by round; the figures are medians over rounds. The difference to the first row is relative, in
@@ -110,9 +111,9 @@ def random_pipeline(name, input_size, device):
 
 def drawing(pipeline, row, labels, how):
     """A function that draws latents as a row says, with weights of its own."""
-    if row.official:
-        return OfficialSampling(pipeline, labels, how)
     own = dataclasses.replace(pipeline, model=copy.deepcopy(pipeline.model))
+    if row.official:
+        return OfficialSampling(own, labels, how)
     sampling.speed_up(own, row.precision, row.compiled)
     more = dict(cfg_interval=row.interval, batch_size=len(labels), show_progress=False)
 
@@ -215,6 +216,8 @@ def main():
             pipeline = random_pipeline(name, image_size // 8, device)
         else:
             name, pipeline = args.ckpt, sampling.load_pipeline(args.ckpt, device)
+        if sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model) == 1:
+            raise ValueError("--cfg-scale 1 is no guidance, and guided sampling is what is measured")
     model = pipeline.model
     num_steps = args.num_sampling_steps or (250 if on_gpu else 5)
     settings = options.SDE_DEFAULTS
@@ -233,7 +236,8 @@ def main():
         columns = ["precision", "images", "one batch, ms", "two batches, ms", "ratio"]
         return measuring.print_table(columns, halves(pipeline, batch_size, rounds))
     if args.agreement:
-        print(f"{how_text}: relative difference of latents; of decoded pixels in grey levels, mean and largest\n")
+        print(f"{num_steps} time points, guidance {args.cfg_scale:g}: relative difference of latents;")
+        print("of decoded pixels in grey levels, mean and largest\n")
         columns = ["solver", *(f"{what} to {rows[0].precision}" for what in ("bf16", "compiled", "both"))]
         return measuring.print_table(columns, agreement(pipeline, labels, how, device))
 
@@ -245,7 +249,9 @@ def main():
         drawn[row.name] = functions[row.name]()
         measuring.reset_peak_memory(device)
         functions[row.name]()
-        memory[row.name] = measuring.peak_memory(device) - of_the_others
+        # A CPU's peak is the whole process's, and the memory of a recorded graph is not allocated anew by a call.
+        if on_gpu and not row.compiled:
+            memory[row.name] = measuring.peak_memory(device) - of_the_others
     seconds = measuring.seconds_in_turn(functions, rounds, 1, device)
 
     # Say it.
@@ -263,7 +269,7 @@ def main():
         flops = config and costs.forward_flops(config) * 2 * calls * rate if whole else None
         peak = costs.peak_flops(device, row.precision)
         figures[row.name] = {"images_per_second": rate, "ratio": base / median, "seconds": median, "difference": off}
-        figures[row.name] |= {"mfu": peak and flops and flops / peak, "memory": memory[row.name]}
+        figures[row.name] |= {"mfu": peak and flops and flops / peak, "memory": memory.get(row.name)}
         lines.append(
             [
                 row.name,
@@ -273,7 +279,7 @@ def main():
                 f"{median / calls * 1e3:.1f}",
                 flops and f"{flops / 1e12:.2f}",
                 peak and flops and f"{flops / peak:.1%}",
-                f"{memory[row.name] / 2**30:.2f}",
+                f"{memory[row.name] / 2**30:.2f}" if row.name in memory else None,
                 off if off is None else f"{off:.1e}",
             ]
         )

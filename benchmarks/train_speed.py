@@ -2,12 +2,13 @@
 
 Every row does the same mathematics on the same batches from the same weights. The first is the official recipe in this
 project's words: float32 weights, TF32 products on a GPU, AdamW as PyTorch makes it by default, an average that a Python
-loop moves parameter by parameter, and the loss read in every step. Those after it add what train.py does, one by one.
+loop moves parameter by parameter, and the loss read in every step; batches and randomness come to it as to the others.
+Those after it add what train.py does, one by one.
 
 First each row trains a few steps, and its losses are held against the first row's. Then all rows are measured in turn,
 round by round, each after a step to warm up; the figures are medians over rounds. All rows have one batch size; one for
-which a row's memory is too small leaves the others (SiT-XL/2 on 80 GB: 64 fits all, 128 those in bf16). Batches are
-cached latents that lie in memory: what reading them costs, benchmarks/data_speed.py says.
+which a row's memory is too small leaves the others (by the estimate, of SiT-XL/2 on 80 GB 64 fits all, and 128 those
+in bf16). Batches are cached latents that lie in memory: what reading them costs, benchmarks/data_speed.py says.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ LR, DECAY, DROPOUT = 1e-4, 0.9999, 0.1
 
 @dataclasses.dataclass
 class Row:
-    """One setting. `fused`: fused AdamW, an average moved by one operation, and no reading of the loss in a step."""
+    """One setting. `fused`: fused AdamW, an average moved by one operation, and the loss read one step late."""
 
     name: str
     fused: bool = True
@@ -55,7 +56,7 @@ def rows_for(device):
     plain = "tf32" if device.type == "cuda" else "fp32"
     return [
         Row(f"official recipe, {plain}", fused=False, precision=plain),
-        Row(f"{plain}, fused AdamW and average, nothing read", precision=plain),
+        Row(f"{plain}, fused AdamW and average, loss read late", precision=plain),
         Row("... and bf16", precision="bf16"),
         Row("... and compiled blocks", precision="bf16", compiled="blocks"),
         Row("... and a compiled model (train.py --precision bf16 --compile)", precision="bf16", compiled="model"),
@@ -211,7 +212,10 @@ class WaitCounter(TorchDispatchMode):
 
 
 def host_waits(trainer, row):
-    """How often a step of a row makes the host wait for the device; on a GPU "some" or "none", as CUDA sees it."""
+    """How often a step of a row makes the host wait for the device; on a GPU "some" or "none", as CUDA sees it.
+
+    Not counted: the wait for numbers of the step before, which train.py reads while the device computes the next.
+    """
     if trainer.device.type == "cuda":
         trainer.use(row)
         trainer.step(row)
