@@ -113,6 +113,9 @@ def main():
     add("--rounds", options.integer(1), "N", "rounds over all sources", default=5)
     add("--seconds", options.number(0, exclude_minimum=True), "S", "time per source and round", default=4.0)
     args = parser.parse_args()
+    with options.user_errors(parser):
+        if args.image_size % 8:
+            raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
         folder = root / "folder"
