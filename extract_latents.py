@@ -4,40 +4,41 @@
     torchrun --nproc_per_node=8 extract_latents.py --data-path /path/to/imagenet/train --output latents
     torchrun --nproc_per_node=8 train.py --data-path latents
 
-Writes shards (safetensors) with the posterior's mean and standard deviation of every image and of its mirror image, and
-a manifest. Training draws from the posterior afresh each time, as with the autoencoder in the loop. Started again, it
-continues where it was stopped; what it writes does not depend on that, nor on the number of processes.
+Write shards (safetensors) with the posterior's mean and standard deviation of every image and of its mirror image, and
+a manifest. Training samples the posterior anew in each epoch, as it does with the autoencoder in the loop. The same
+command continues an extraction that was stopped; neither that nor the number of processes changes what is written.
 """
 
 import itertools
-import json
-import math
 import os
 import pathlib
 import time
 
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
-import compute
-import data
-import distributed
-import files
-import latents
-import options
+from data.cached import ShardWriter
+from data.flags import DATA_FLAGS, add_data_flags
+from data.images import ImageDataset, check_problems
+from data.loader import make_loader
+from data.sources import Source, open_source
+from utils import command_line, distributed
+from utils.grids import to_uint8
+from utils.precision import resolve_precision
+from vae import PRECISIONS, LatentSpace, geometry
 
 
 def build_parser():
-    parser = options.Parser(
-        description="Encode a data set into cached latents, on one process or with torchrun on many."
-    )
-    options.add_data_flags(parser)
-    add = options.flag_group(parser, "extraction")
-    add("--output", pathlib.Path, "FOLDER", "where shards and manifest go", required=True)
-    add("--batch-size", options.integer(1), "N", "images at a time, per rank", default=64)
-    add("--shard-size", options.integer(1), "N", "images per shard", default=4096)
-    add("--dtype", options.one_of("float32", "float16"), "float32|float16", "of the stored moments", default="float32")
+    parser = command_line.Parser("Encode a data set into cached latents, on one process or with torchrun on many.")
+    add_data_flags(parser)
+    add = command_line.flag_group(parser, "extraction")
+    at_least_one = command_line.integer(1)
+    add("--output", pathlib.Path, "FOLDER", "folder of the shards and the manifest", required=True)
+    add("--batch-size", at_least_one, "N", "images at a time, per rank", default=64)
+    add("--shard-size", at_least_one, "N", "images per shard", default=4096)
+    add("--num-classes", at_least_one, "N", "number of classes (default: the data's)")
+    add("--dtype", command_line.one_of("float32", "float16"), "float32|float16", "of stored moments", default="float32")
+    add("--keep-images", None, None, "store the cropped images, too, for losses that read them: 3 bytes per pixel")
     return parser
 
 
@@ -45,194 +46,93 @@ def main():
     # Check the flags, the data and the folder.
     parser = build_parser()
     args = parser.parse_args()
-    with options.user_errors(parser):
+    with command_line.user_errors(parser):
         device = distributed.init()
-        compute.resolve_precision(None, device, on_gpu="tf32")  # as train.py has it where it encodes images itself
-        source = options.open_data(args)
-        if not isinstance(source, data.Source):
+        resolve_precision(None, device, on_gpu="tf32")  # as train.py does when it encodes images itself
+        source = open_source(**command_line.given(args, DATA_FLAGS))
+        if not isinstance(source, Source):
             raise ValueError(f"--data-path {args.data_path} holds cached latents already")
-        if args.streaming:
-            raise ValueError("--streaming does not go with extraction, which reads examples by their number")
-        if args.vae == "none":
-            raise ValueError("--vae none encodes nothing; give the autoencoder whose latents to cache")
-        if not args.skip_bad_images:
-            source.check_labels(source.num_classes)
-        vae, image_size = args.vae or "ema", args.image_size or source.image_size or 256
-        downsampling, channels = latents.geometry(vae, source.channels)
-        if image_size % downsampling:
-            raise ValueError(f"--image-size {image_size} does not divide: it must be a multiple of {downsampling}")
-        space = latents.AutoencoderSpace(vae, device, latents.PRECISIONS[args.vae_precision])
+        if source.streamed:
+            raise ValueError("--streaming does not go with extraction, which reads examples by index")
+        image_size = args.image_size or source.image_size or 256
+        space, encoding = open_autoencoder(args.vae or "ema", args.vae_precision, image_size, device)
         settings = {
             "data_path": os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
-            "split": args.split,
-            "image_key": args.image_key,
-            "label_key": args.label_key,
+            **{key: getattr(args, key) for key in ("split", "image_key", "label_key")},
             "names_and_labels": source.fingerprint(),
-            "num_examples": len(source.examples),
-            "num_classes": source.num_classes,
+            "num_examples": source.num_examples,
+            "num_classes": source.resolve_classes(args.num_classes, args.skip_bad_images),
             "mirrors": source.mirrors,
-            "vae": str(pathlib.Path(vae).resolve()) if pathlib.Path(vae).is_dir() else vae,
-            "vae_precision": args.vae_precision,
-            "scale": space.scale,
-            "shift": space.shift,
-            "channels": channels,
-            "image_size": image_size,
-            "latent_size": image_size // downsampling,
-            "batch_size": args.batch_size,
-            "shard_size": args.shard_size,
-            "dtype": args.dtype,
+            **encoding,
+            **{key: getattr(args, key) for key in ("batch_size", "shard_size", "dtype")},
+            **({"keep_images": True} if args.keep_images else {}),
         }
-        if distributed.rank() == 0:
-            check_folder(args.output, settings)
-        distributed.barrier()
+        writer = ShardWriter(args.output, settings)
+        distributed.on_rank_zero(writer.prepare)
 
-    # Encode the shards that are not there, each rank its own.
-    dataset = data.ImageDataset(source, image_size, 3)
-    count = math.ceil(len(dataset) / args.shard_size)
-    missing = distributed.from_rank_zero([k for k in range(count) if not is_whole(args.output, k)])
-    mine = missing[distributed.rank() :: distributed.world_size()]
-    batches = data.make_loader(dataset, ShardBatches(mine, len(dataset), args), args.num_workers, device)
-    start, skipped = time.perf_counter(), 0
-    total = sum(len(shard_range(k, len(dataset), args.shard_size)) for k in mine)
-    with tqdm(total=total, unit=" images", disable=None if distributed.rank() == 0 else True) as bar:
+    # Encode the shards that are missing, each rank its own.
+    mine = distributed.on_rank_zero(writer.missing)[distributed.rank() :: distributed.world_size()]
+    ranges = [indices for k in mine for indices in writer.batches(k)]
+    keys = ([(index, False) for index in indices] for indices in ranges)
+    dataset = ImageDataset(source, image_size, 3, settings["num_classes"])
+    batches = make_loader(dataset, keys, args.num_workers, device)
+    start, total, skipped = time.perf_counter(), sum(map(len, ranges)), 0
+    bar = tqdm(total=total, unit=" images", disable=None if distributed.rank() == 0 else True)
+    with bar, command_line.user_errors(parser):
         for k in mine:
-            moments, labels, left_out = [], [], []
-            for _ in batches_of_shard(k, len(dataset), args):
-                with options.user_errors(parser):
-                    images, batch_labels, problems = next(batches)
-                for problem in itertools.chain(*problems):
-                    if not args.skip_bad_images:
-                        parser.error(f"{problem} (--skip-bad-images leaves such examples out)")
-                    left_out.append(problem)
-                    tqdm.write(f"left out {problem}")
-                good = torch.tensor([not lines for lines in problems])
-                moments.append(encode(space, images.to(device))[good.to(device)].cpu())
-                labels.append(batch_labels[good])
-                bar.update(len(images))
-            shard = {"moments": torch.cat(moments).to(getattr(torch, args.dtype)), "labels": torch.cat(labels)}
-            write_shard(args.output, k, shard, left_out)
+            encoded, left_out = [], []
+            for batch in itertools.islice(batches, len(writer.batches(k))):
+                left_out += check_problems(batch["problems"], args.skip_bad_images)
+                encoded.append(encode(space, batch, getattr(torch, args.dtype), args.keep_images))
+                bar.update(len(batch["y"]))
+            for line in left_out:
+                tqdm.write(f"left out {line}")
+            writer.write(k, {key: torch.cat([part[key] for part in encoded]) for key in encoded[0]}, left_out)
             skipped += len(left_out)
     seconds = time.perf_counter() - start
-    rate = f"{total / seconds:.1f} images/s, {skipped} left out"
-    print(f"rank {distributed.rank()}: {total} images in {seconds:.1f} s, {rate}")
+    speed = f"{total} images in {seconds:.1f} s, {total / seconds:.1f} images/s"
+    print(f"rank {distributed.rank()}: {speed}, {skipped} left out")
 
-    # Say what is there.
+    # Write the manifest.
     distributed.barrier()
     if distributed.rank() == 0:
-        write_manifest(args.output, settings, count)
+        writer.finish()
         print(args.output)
     distributed.shutdown()
 
 
-def check_folder(folder, settings):
-    """Make the folder and note the settings in it. Raises ValueError if it was begun with others."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / data.SETTINGS
-        if path.exists():
-            earlier = read_json(path)
-            for key, value in settings.items():
-                if earlier.get(key) != value:
-                    raise ValueError(f"--output {folder} was begun with {key} {earlier.get(key)!r}, not {value!r}")
-        elif any(entry != files.partial_name(path) for entry in folder.iterdir()):
-            raise ValueError(f"--output {folder} is not empty, and what is there is not of extract_latents.py")
-        else:
-            with files.written_whole(path) as partial:
-                partial.write_text(json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"--output {folder}: {error.strerror}") from error
+def open_autoencoder(vae, precision, image_size, device):
+    """Return the latent space, and what the settings say of it. Raise ValueError if the image size does not divide."""
+    if vae == "none":
+        raise ValueError("--vae none encodes nothing; give the autoencoder whose latents to cache")
+    downsampling, channels = geometry(vae, None)
+    if image_size % downsampling:
+        raise ValueError(f"--image-size {image_size} does not divide: it must be a multiple of {downsampling}")
+    space = LatentSpace(vae, device, PRECISIONS[precision])
+    return space, {
+        "vae": str(pathlib.Path(vae).resolve()) if pathlib.Path(vae).is_dir() else vae,
+        "vae_precision": precision,
+        "scale": space.scale,
+        "shift": space.shift,
+        "channels": channels,
+        "image_size": image_size,
+        "latent_size": image_size // downsampling,
+    }
 
 
-def read_json(path):
-    """A JSON file that holds an object. Raises ValueError naming it if it does not."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
-    return content
+def encode(space, batch, dtype, keep_images):
+    """Return a part of a shard, {key: tensor}, of a batch's good examples.
 
-
-def shard_path(folder, k):
-    return folder / f"shard-{k:05d}.safetensors"
-
-
-def entry_path(folder, k):
-    """Where the shard's entry of the manifest lies until the manifest is written: with what was written, not found."""
-    return folder / f"shard-{k:05d}.json"
-
-
-def write_shard(folder, k, shard, left_out):
-    """Write a shard and its entry of the manifest."""
-    path = shard_path(folder, k)
-    with files.written_whole(path) as partial:
-        safetensors.torch.save_file(shard, partial)
-        entry = {
-            "file": path.name,
-            "examples": len(shard["labels"]),
-            "bytes": partial.stat().st_size,
-            "sha256": files.sha256(partial),
-            "left_out": left_out,
-        }
-        with files.written_whole(entry_path(folder, k)) as partial_entry:
-            partial_entry.write_text(json.dumps(entry) + "\n")
-
-
-def entry_of(folder, k):
-    """The entry of a shard as it was when the shard was written; None if there is none."""
-    try:
-        path = entry_path(folder, k)
-        return read_json(path) if path.is_file() else read_json(folder / data.MANIFEST)["shards"][k]
-    except (OSError, ValueError, KeyError, IndexError):
-        return None
-
-
-def is_whole(folder, k):
-    """Whether shard k is there as it was written; one that is damaged is made anew."""
-    path, entry = shard_path(folder, k), entry_of(folder, k)
-    if not path.exists():
-        return False
-    if entry is not None and path.stat().st_size == entry["bytes"] and files.sha256(path) == entry["sha256"]:
-        return True
-    print(f"{path} is damaged, and is made anew")
-    return False
-
-
-def shard_range(k, num_examples, shard_size):
-    """The indices of the examples in shard k."""
-    return range(k * shard_size, min((k + 1) * shard_size, num_examples))
-
-
-def batches_of_shard(k, num_examples, args):
-    """The batches of shard k as ranges: they begin with the shard, so that its bytes depend on nothing else."""
-    indices = shard_range(k, num_examples, args.shard_size)
-    return [indices[i : i + args.batch_size] for i in range(0, len(indices), args.batch_size)]
-
-
-class ShardBatches:
-    """The (index, flip) keys of the batches of some shards, one after the other; the flip is made from the tensor."""
-
-    def __init__(self, shards, num_examples, args):
-        self.batches = [batch for k in shards for batch in batches_of_shard(k, num_examples, args)]
-
-    def __iter__(self):
-        for batch in self.batches:
-            yield [(index, False) for index in batch]
-
-
-def encode(space, images):
-    """Moments (N, 2, 2, C, h, w) of images (N, 3, H, W): of the image and of its mirror image, mean and deviation."""
-    return torch.stack([space.moments(images), space.moments(images.flip(-1))], dim=1)
-
-
-def write_manifest(folder, settings, count):
-    """Write manifest.json: the settings, and size, checksum and number of examples of each shard."""
-    entries = [entry_of(folder, k) for k in range(count)]
-    with files.written_whole(folder / data.MANIFEST) as partial:
-        partial.write_text(json.dumps({**settings, "shards": entries}, indent=2) + "\n")
-    for k in range(count):
-        entry_path(folder, k).unlink(missing_ok=True)
+    "moments" is (N, 2, 2, C, h, w): of the image and of its mirror image, mean and standard deviation. "labels" is (N,)
+    int64. "images" is uint8 (N, 3, H, W).
+    """
+    good = torch.tensor([not lines for lines in batch["problems"]])
+    images = batch["images"].to(space.device)
+    moments = torch.stack([space.moments(images), space.moments(images.flip(-1))], dim=1).cpu()
+    part = {"moments": moments[good].to(dtype), "labels": batch["y"][good]}
+    if keep_images:
+        part["images"] = to_uint8(batch["images"][good]).permute(0, 3, 1, 2).contiguous()
+    return part
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds times t (N,) in [0, 1] into vectors (N, D)."""
+    """Embed times t (N,) in [0, 1] as vectors (N, D)."""
 
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
@@ -31,22 +31,22 @@ class TimestepEmbedder(nn.Module):
 
     @staticmethod
     def timestep_embedding(t, dim, max_period=10000):
-        """Cosines and sines (N, dim) of t (N,) at dim / 2 frequencies from 1 down to 1 / max_period radians."""
+        """Return cosines and sines (N, dim) of t (N,) at dim / 2 frequencies from 1 down to 1 / max_period radians."""
         half = dim // 2
-        dtype = torch.promote_types(t.dtype, torch.float32)  # bf16 cannot tell the times of neighbouring steps apart
+        dtype = torch.promote_types(t.dtype, torch.float32)  # in bf16 the times of neighbouring steps are the same
         exponents = torch.arange(half, dtype=dtype, device=t.device) / half
         angles = t[:, None].to(dtype) * torch.exp(-math.log(max_period) * exponents)  # (N, dim / 2)
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
     def forward(self, t):
-        frequencies = self.timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))
+        frequencies = self.timestep_embedding(t, self.frequency_embedding_size)  # (N, frequency_embedding_size)
+        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # (N, D)
 
 
 class LabelEmbedder(nn.Module):
-    """Embeds class labels (N,) into vectors (N, D), and drops them for classifier-free guidance.
+    """Embed class labels (N,) as vectors (N, D), and drop labels for classifier-free guidance.
 
-    The null class has the index `num_classes`. Its row exists if labels are ever dropped (dropout_prob > 0).
+    A dropped label becomes the null class, which has the index `num_classes` and a row if dropout_prob > 0.
     """
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
@@ -56,12 +56,12 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, labels, force_drop_ids=None):
-        """`force_drop_ids` (N,) bool says which labels to drop; None: at random in training, none in evaluation."""
+        """Drop the labels where `force_drop_ids` (N,) is True; None: at random in training, none in evaluation."""
         if force_drop_ids is None and self.training and self.dropout_prob > 0:
             force_drop_ids = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
         if force_drop_ids is not None:
             labels = torch.where(force_drop_ids, self.num_classes, labels)
-        return self.embedding_table(labels)
+        return self.embedding_table(labels)  # (N, D)
 
 
 class SiTBlock(nn.Module):
@@ -80,14 +80,15 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
+        # (N, D) each
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))  # (N, T, D)
+        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
         return x
 
 
 class FinalLayer(nn.Module):
-    """Tokens (N, T, D) to patches of pixels (N, T, patch_size^2 * out_channels)."""
+    """Map tokens (N, T, D) to patches of pixels (N, T, patch_size^2 * out_channels)."""
 
     def __init__(self, hidden_size, patch_size, out_channels):
         super().__init__()
@@ -101,7 +102,11 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """The network: an image, a time and a class label to an image of the same shape.
+    """The network: it maps an image, a time and a class label to an image of the same shape.
+
+    To add an option, give __init__ a keyword argument whose default builds the network of today. A flag of train.py
+    with the argument's name is passed on to it. Checkpoints store the arguments, so those without the option load as
+    what they were.
 
     Args:
         input_size: height and width of the input in pixels, or latent pixels; a multiple of patch_size.
@@ -154,7 +159,7 @@ class SiT(nn.Module):
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        # Set to True to keep no activations inside blocks in training, and compute them again in the backward pass.
+        # True: training stores no activations inside blocks, and computes them again in the backward pass.
         self.grad_checkpoint = False
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
@@ -167,7 +172,7 @@ class SiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """DiT's initialisation; the zeros make every block the identity and the output 0 at the start (adaLN-Zero)."""
+        """Initialise as DiT does; the zeros make every block the identity and the output 0 at first (adaLN-Zero)."""
 
         def initialize_linear(module):
             if isinstance(module, nn.Linear):
@@ -184,23 +189,20 @@ class SiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[-1].weight)
-            nn.init.zeros_(block.adaLN_modulation[-1].bias)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        modulations = [module.adaLN_modulation[-1] for module in (*self.blocks, self.final_layer)]
+        for linear in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def unpatchify(self, x):
-        """Patches (N, T, patch_size^2 * out_channels) to images (N, out_channels, H, W)."""
+        """Join patches (N, T, patch_size^2 * out_channels) to images (N, out_channels, H, W)."""
         p, c = self.patch_size, self.out_channels
         h, w = self.x_embedder.grid_size
         x = x.reshape(x.shape[0], h, w, p, p, c)
-        x = torch.einsum("nhwpqc->nchpwq", x)
+        x = torch.einsum("nhwpqc->nchpwq", x)  # (N, c, h, p, w, p)
         return x.reshape(x.shape[0], c, h * p, w * p)
 
-    def forward(self, x, t, y, force_drop_ids=None):
+    def forward(self, x, t, y, force_drop_ids=None, hidden_blocks=()):
         """Predict velocity, noise or score, whichever the network is trained for.
 
         Args:
@@ -208,38 +210,44 @@ class SiT(nn.Module):
             t: (N,) times in [0, 1], or (1,) for one that all share; 0 is noise, 1 is data.
             y: (N,) int64 class labels in [0, num_classes], num_classes being the null class.
             force_drop_ids: (N,) bool, labels to replace by the null class; None: at random, in training mode alone.
+            hidden_blocks: indices of blocks, in [0, depth), whose output is wanted too, for losses on hidden states.
 
         Returns:
-            (N, in_channels, H, W)
+            (N, in_channels, H, W); with `hidden_blocks`, that and a list of (N, T, D), one for each of them.
         """
-        return self.forward_embedded(x, t, self.y_embedder(y, force_drop_ids))
+        return self.forward_embedded(x, t, self.y_embedder(y, force_drop_ids), hidden_blocks)
 
-    def forward_embedded(self, x, t, labels):
-        """`forward` with labels that are embedded already (N, D); what `compute.compile_training` compiles."""
+    def forward_embedded(self, x, t, labels, hidden_blocks=()):
+        """Do what `forward` does, for labels that are embedded already (N, D). This part of it can be compiled."""
+        if hidden_blocks and not 0 <= min(hidden_blocks) <= max(hidden_blocks) < len(self.blocks):
+            raise ValueError(f"hidden_blocks must lie in [0, {len(self.blocks)}), not {hidden_blocks}")
         # In this order the sum is laid out as the positions are, token by token; the patches are channel by channel.
         x = self.pos_embed + self.x_embedder(x)  # (N, T, D)
         c = self.t_embedder(t) + labels  # (N, D)
-        for block in self.blocks:
+        hidden = {}
+        for index, block in enumerate(self.blocks):
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, c, use_reentrant=False)  # (N, T, D)
             else:
                 x = block(x, c)  # (N, T, D)
+            if index in hidden_blocks:
+                hidden[index] = x
         x = self.final_layer(x, c)  # (N, T, patch_size^2 * out_channels)
-        x = self.unpatchify(x)  # (N, out_channels, H, W)
-        return x[:, : self.in_channels]
+        x = self.unpatchify(x)[:, : self.in_channels]  # (N, in_channels, H, W)
+        return (x, [hidden[index] for index in hidden_blocks]) if hidden_blocks else x
 
     def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=3):
-        """Classifier-free guidance on a doubled batch: unconditional + scale (conditional - unconditional).
+        """Predict with classifier-free guidance: unconditional + scale (conditional - unconditional).
 
         Ho & Salimans (2022), with their w = cfg_scale - 1.
 
         Args:
-            x: (2N, C, H, W); the second half is ignored and the first used for both.
+            x: (2N, C, H, W), of which the first half is used twice and the second ignored.
             t: (2N,) times, or (1,).
             y: (2N,) labels: N classes, then N times the null class.
             cfg_scale: 1 is no guidance.
-            guided_channels: guide this many leading channels, and leave the rest as predicted for each half. 3 is what
-                the released models were sampled with; None guides all.
+            guided_channels: guide this many leading channels, and leave the rest as predicted for each half; None:
+                all. The released models were sampled with 3.
 
         Returns:
             (2N, C, H, W): the guided prediction, twice.
@@ -254,7 +262,7 @@ class SiT(nn.Module):
 
 
 def sincos_position_embedding(dim, grid_size):
-    """Fixed two-dimensional sine-cosine position embedding (grid_size^2, dim), row by row (He et al. 2022, MAE).
+    """Return the fixed 2-D sine-cosine position embedding (grid_size^2, dim), row by row (He et al. 2022, MAE).
 
     The first half of the channels encodes the column, the second the row; each half is sines, then cosines.
     """

@@ -1,181 +1,181 @@
-"""Draw the samples that a FID is computed from, on one process or with torchrun on many.
+"""Draw the samples for a FID, on one process or with torchrun on many.
 
     torchrun --nproc_per_node=8 sample_ddp.py SDE --ckpt runs/xl --cfg-scale 1.5 --output samples/xl.npz
     python evaluate.py samples/xl.npz --reference VIRTUAL_imagenet256_labeled.npz
 
-Image i depends on the seed and i alone. Batches are kept beside the output until all are there, so that the same
-command, typed again, draws what is missing.
+Image i depends on (seed, i) alone. Stopped and typed again, the same command draws the missing images.
 """
 
 import pathlib
 import time
 
+import numpy as np
 from tqdm import tqdm
 
-import compute
-import distributed
-import options
-import sampling
-from parts import DONE, Parts
+from evaluation.images import ImageBatches
+from sampling import flags
+from sampling.draw import SampleSettings, decode, describe, draw, draw_labels, summary
+from sampling.guidance import resolve_cfg_interval, resolve_cfg_scale
+from sampling.pipeline import load_pipeline
+from sampling.shards import Background, Shards
+from utils import distributed
+from utils.command_line import Parser, flag_group, flag_name, given, integer, one_of, user_errors
+from utils.errors import named
+from utils.precision import resolve_precision
 
-# What is behind the rows of the paper's tables for SiT-XL/2 at 256x256: 250 network calls each. The ODE's Heun is
-# torchdiffeq's heun2, two calls a step. Rows: FID, sFID, Inception Score, precision, recall.
-ODE_PROTOCOL = {"mode": "ODE", "num_sampling_steps": 126, **options.ODE_DEFAULTS, "sampling_method": "heun2"}
-SDE_PROTOCOL = {"mode": "SDE", "num_sampling_steps": 250, **options.SDE_DEFAULTS}
+# The settings of the paper's tables for SiT-XL/2 at 256x256, at 250 NFE; the ODE's Heun is torchdiffeq's heun2, two
+# evaluations per step. Rows: FID, sFID, Inception Score, precision, recall.
+ODE_PROTOCOL = {"mode": "ODE", "num_sampling_steps": 126, **flags.ODE_DEFAULTS, "sampling_method": "heun2"}
+SDE_PROTOCOL = {"mode": "SDE", "num_sampling_steps": 250, **flags.SDE_DEFAULTS}
 PROTOCOLS = {
     "paper-ode": (ODE_PROTOCOL | {"cfg_scale": 1.0}, "9.35, 6.38, 126.06, 0.67, 0.68"),
     "paper-sde": (SDE_PROTOCOL | {"cfg_scale": 1.0}, "8.26, 6.32, 131.65, 0.68, 0.67"),
     "paper-ode-cfg": (ODE_PROTOCOL | {"cfg_scale": 1.5}, "2.15, 4.60, 258.09, 0.81, 0.60"),
     "paper-sde-cfg": (SDE_PROTOCOL | {"cfg_scale": 1.5}, "2.06, 4.49, 277.50, 0.83, 0.59"),
 }
-NOT_IN_PROTOCOLS = ("time_shift", "cfg_interval")  # none has them
-PAPERS_MODEL = dict(hidden_size=1152, depth=28, patch_size=2, input_size=32, in_channels=4, num_classes=1000)
-PAPERS_COUNT = 50_000
+NOT_IN_PROTOCOLS = ("time_shift", "cfg_interval")
+PAPER_MODEL = dict(hidden_size=1152, depth=28, patch_size=2, input_size=32, in_channels=4, num_classes=1000)
+PAPER_COUNT = 50_000
 
 
 def build_parser():
-    parser = options.Parser(description="Draw many samples of a SiT into one .npz, as evaluations take them.")
-    sampling.add_weights_flags(parser)
-    options.add_transport_flags(parser, from_checkpoint=True)
-    options.add_solver_flags(parser)
-    sampling.add_guidance_flags(parser)
-    sampling.add_speed_flags(parser)
-    add = options.flag_group(parser, "images")
-    add("--num-fid-samples", options.integer(1), "N", "images to draw", default=50_000)
-    add("--per-proc-batch-size", options.integer(1), "N", "images at a time, per rank", default=32)
-    add("--global-seed", options.integer(0), "SEED", "decides noise and label of image i, with i alone", default=0)
-    balanced = "the same number of each class, in turn (default: labels uniform at random)"
-    parser.add_argument("--balanced-labels", action="store_true", help=balanced)
-    add("--sample-dir", pathlib.Path, "DIR", "where outputs with default names go", default=pathlib.Path("samples"))
+    parser = Parser("Draw many samples of a SiT into one .npz for evaluation.")
+    flags.add_weights_flags(parser)
+    flags.add_transport_flags(parser, from_checkpoint=True)
+    flags.add_solver_flags(parser)
+    flags.add_guidance_flags(parser)
+    flags.add_speed_flags(parser)
+    add = flag_group(parser, "images")
+    add("--num-fid-samples", integer(1), "N", "images to draw", default=50_000)
+    add("--per-proc-batch-size", integer(1), "N", "images at a time, per rank", default=32)
+    add("--global-seed", integer(0), "SEED", "seed; noise and label of image i depend on it and i alone", default=0)
+    balanced = "draw the same number of each class, in turn (default: labels uniform at random)"
+    add("--balanced-labels", None, None, balanced)
+    add("--sample-dir", pathlib.Path, "DIR", "folder of outputs with default names", default=pathlib.Path("samples"))
     add("--output", pathlib.Path, "FILE.npz", "arr_0: images, arr_1: labels (default: named after the settings)")
-    protocol = f"the settings behind a row of the paper's tables: {', '.join(PROTOCOLS)}"
-    add("--protocol", options.one_of(*PROTOCOLS), "NAME", protocol)
-    parser.add_argument("--save-png", action="store_true", help="write each image as a PNG, too, in FILE.pngs/")
-    likelihood = "as in the official script; likelihood.py does it"
-    parser.add_argument("--likelihood", action="store_true", help=likelihood)
+    add("--protocol", one_of(*PROTOCOLS), "NAME", f"settings of a row of the paper's tables: {', '.join(PROTOCOLS)}")
+    add("--save-png", None, None, "write each image as a PNG, too, in FILE.pngs/")
+    add("--likelihood", None, None, "as in the official script; here likelihood.py computes it")
     return parser
 
 
 def main():
-    # Check the flags, load the weights, see what is there.
+    # Check the flags, load the weights, find the shards of an earlier call.
     parser = build_parser()
     args = parser.parse_args()
-    with options.user_errors(parser):
+    with user_errors(parser):
         if args.likelihood:
-            raise ValueError(
-                "--likelihood needs data; python likelihood.py --ckpt ... --data-path ... computes bits/dim"
-            )
+            raise ValueError("--likelihood needs data: python likelihood.py --ckpt ... --data-path ...")
         if args.protocol is not None:
-            apply_protocol(args)
-        mode, settings = options.solver_settings(args)
+            vars(args).update(protocol_settings(args.protocol, vars(args)))
+        mode, solver = flags.solver_settings(args.mode, given(args, flags.SOLVER_FLAGS))
         device = distributed.init()
-        precision = compute.resolve_precision(args.precision, device, on_gpu="tf32")
-        pipeline = sampling.load_pipeline(
-            args.ckpt, device, args.guided_channels, args.vae_precision, **sampling.given_flags(args)
-        )
-        cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model)
-        cfg_interval = sampling.resolve_cfg_interval(args.cfg_interval, cfg_scale)
-        how = dict(mode=mode, settings=settings, cfg_scale=cfg_scale, cfg_interval=cfg_interval, seed=args.global_seed)
-        sampling.make_sample_function(pipeline.transport, mode, settings, sampling.ImageNoise(0, [], device))
-        count = args.num_fid_samples
-        labels = sampling.draw_labels(count, pipeline.model.num_classes, args.global_seed, args.balanced_labels)
-        digests = sampling.digests(pipeline)
-        sampling.speed_up(pipeline, precision, args.compile)
-        identity = {
-            **sampling.describe(pipeline, **how),
-            **digests,
-            "vae_precision": args.vae_precision,
-            "balanced_labels": args.balanced_labels,
-            "num_fid_samples": count,
-        }
-        output = args.output or args.sample_dir / default_name(args, identity)
-        parts = Parts(output, count, pipeline.image_shape)
-        state = distributed.on_rank_zero(parts.prepare, identity, args.save_png)
+        precision = resolve_precision(args.precision, device, on_gpu="tf32")
+        weights = given(args, flags.WEIGHTS_FLAGS)
+        pipeline = load_pipeline(args.ckpt, device, args.guided_channels, args.vae_precision, **weights)
+        cfg_scale = resolve_cfg_scale(args.cfg_scale, pipeline.model)
+        cfg_interval = resolve_cfg_interval(args.cfg_interval, cfg_scale)
+        settings = SampleSettings(mode, solver, cfg_scale, cfg_interval, args.global_seed)
+        settings.sampler(pipeline.transport)
+        count, digests = args.num_fid_samples, pipeline.digests()
+        pipeline.speed_up(precision, args.compile)
+        identity = describe(pipeline, settings) | digests | dict(vae_precision=args.vae_precision)
+        identity |= dict(balanced_labels=args.balanced_labels, num_fid_samples=count)
+        ckpt = args.ckpt or f"{args.model or 'SiT-XL/2'}-{args.image_size or 256}".replace("/", "-")
+        output = args.output or args.sample_dir / default_name(ckpt, identity)
+        shards = Shards(output, count, pipeline.image_shape)
+        complete = distributed.on_rank_zero(shards.prepare, identity, args.save_png)
         if args.save_png:
-            distributed.on_rank_zero(parts.write_pngs_of_what_is_there)
-        if state == DONE:
+            distributed.on_rank_zero(write_existing_pngs, shards)
+        if complete:
             if distributed.rank() == 0:
-                print(f"{output} is there, made with these settings")
+                print(f"{output} exists, made with these settings")
             return distributed.shutdown()
 
-    # Draw what is missing, each rank its share.
-    world_size = distributed.world_size()
-    missing = distributed.on_rank_zero(parts.missing, sampling.solver_group(settings, args.per_proc_batch_size))
-    mine = missing[distributed.rank() :: world_size]
-    start, total = time.perf_counter(), sum(end - begin for begin, end in missing)
-    with (
-        options.user_errors(parser),
-        tqdm(total=total, unit=" images", disable=None if distributed.rank() == 0 else True) as bar,
-        sampling.Background(device) as background,
-    ):
-
-        def finish(drawn, begin, counts):
-            if not drawn.isfinite().all():
-                raise ValueError(f"the network's output is not finite for images {begin} to {begin + len(drawn) - 1}")
-            images = sampling.decode(pipeline, drawn, args.per_proc_batch_size).numpy()
-            parts.write(images, begin, counts, args.save_png)
-            bar.update(min(len(images) * world_size, total - bar.n))  # the other ranks are about as far
-
-        for begin, end in mine:
-            drawn, counts = sampling.draw(
-                pipeline,
-                labels[begin:end].tolist(),
-                **how,
-                first_index=begin,
-                batch_size=args.per_proc_batch_size,
-                show_progress=False,
-            )
-            background.submit(finish, drawn, begin, counts)
-    distributed.barrier()
-    seconds = time.perf_counter() - start
-
-    # Put the parts together.
-    with options.user_errors(parser):
-        description = distributed.on_rank_zero(
-            put_together, parts, labels, identity | {"ckpt": args.ckpt, "vae_name": pipeline.space.name}
-        )
+    # Draw the missing images, each rank its share, and put the shards together.
+    labels = draw_labels(count, pipeline.model.num_classes, args.global_seed, args.balanced_labels)
+    start = time.perf_counter()
+    with user_errors(parser):
+        total = draw_missing(shards, pipeline, labels, settings, args.per_proc_batch_size, args.save_png)
+        distributed.barrier()
+        seconds = time.perf_counter() - start
+        description = identity | {"ckpt": args.ckpt, "vae_name": pipeline.space.name}
+        description = distributed.on_rank_zero(put_together, shards, labels, description)
     if distributed.rank() == 0:
-        print(sampling.summary(description))
+        print(summary(description))
         if args.protocol is not None:
-            print(papers_row(args.protocol, pipeline.model_config, count))
+            print(paper_row(args.protocol, pipeline.model_config, count))
         print(f"{total} images in {seconds:.1f} s, {total / seconds:.2f} images/s")
         print(output)
     distributed.shutdown()
 
 
-def put_together(parts, labels, description):
-    """Write the output; its description, with what the parts say."""
-    counts = dict(zip(sampling.COUNTS, parts.counts(), strict=True))
-    parts.finish(labels, description | counts)
-    return description | counts
+def draw_missing(shards, pipeline, labels, settings, batch_size, save_png):
+    """Draw this rank's share of the missing images, and write them as shards. Return the number that all ranks draw."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    missing = distributed.on_rank_zero(shards.missing, settings.group_size(batch_size))
+    total = sum(end - begin for begin, end in missing)
+    with (
+        tqdm(total=total, unit=" images", disable=None if rank == 0 else True) as bar,
+        Background(pipeline.device) as background,
+    ):
+
+        def finish(drawn, begin, counts):
+            if not drawn.isfinite().all():
+                raise ValueError(f"the network's output is not finite for images {begin} to {begin + len(drawn) - 1}")
+            images = decode(pipeline, drawn, batch_size).numpy()
+            shards.write(images, begin, counts, save_png)
+            bar.update(min(len(images) * world_size, total - bar.n))  # the other ranks have drawn about as many
+
+        for begin, end in missing[rank::world_size]:
+            how = dict(first_index=begin, batch_size=batch_size, show_progress=False)
+            drawn, counts = draw(pipeline, labels[begin:end].tolist(), settings, **how)
+            background.submit(finish, drawn, begin, counts)
+    return total
 
 
-def apply_protocol(args):
-    """Give the flags the values of --protocol. Raises ValueError for one that was given another value."""
-    settings = PROTOCOLS[args.protocol][0] | dict.fromkeys(NOT_IN_PROTOCOLS)
-    for name, value in settings.items():
-        given = getattr(args, name)
-        if given is not None and given != value:
-            flag = name if name == "mode" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"--protocol {args.protocol} has {flag} {value}, not {given}")
-        setattr(args, name, value)
+def write_existing_pngs(shards):
+    """Write the PNGs of images that an earlier call drew without --save-png."""
+    with named(shards.pngs):
+        if shards.output.exists():
+            for i, images in enumerate(ImageBatches(shards.output).batches(256)):
+                shards.write_pngs(images, 256 * i)
+        else:
+            for (begin, _), path in shards.intact().items():
+                shards.write_pngs(np.load(path, allow_pickle=False), begin)
 
 
-def papers_row(protocol, model_config, count):
-    """A line: the row of the paper's table that a protocol stands for, and whether these samples compare with it."""
-    figures = "FID, sFID, Inception Score, precision, recall"
-    line = f"the paper's row ({figures}) for SiT-XL/2 at 256x256: {PROTOCOLS[protocol][1]}"
-    if count != PAPERS_COUNT or any(model_config[key] != value for key, value in PAPERS_MODEL.items()):
-        line += f"; these samples do not compare with it: they are not {PAPERS_COUNT} of that model"
+def put_together(shards, labels, description):
+    """Write the output with its description, to which the counts of the shards are added. Return that."""
+    description = description | shards.counts()
+    shards.finish(labels, description)
+    return description
+
+
+def protocol_settings(protocol, given):
+    """Return {key: value} of a protocol's settings. Raise ValueError for a flag that was given another value."""
+    settings = PROTOCOLS[protocol][0] | dict.fromkeys(NOT_IN_PROTOCOLS)
+    for key, value in settings.items():
+        if given[key] not in (None, value):
+            flag = key if key == "mode" else flag_name(key)
+            raise ValueError(f"--protocol {protocol} has {flag} {value}, not {given[key]}")
+    return settings
+
+
+def paper_row(protocol, model_config, count):
+    """Return a line: the protocol's row of the paper's table, and whether these samples compare with it."""
+    metrics = "FID, sFID, Inception Score, precision, recall"
+    line = f"the paper's row ({metrics}) for SiT-XL/2 at 256x256: {PROTOCOLS[protocol][1]}"
+    if count != PAPER_COUNT or any(model_config[key] != value for key, value in PAPER_MODEL.items()):
+        line += f"; these samples do not compare with it: they are not {PAPER_COUNT} of that model"
     return line
 
 
-def default_name(args, identity):
-    """A file name that tells the settings that people compare."""
-    ckpt = pathlib.Path(args.ckpt or f"{args.model or 'SiT-XL/2'}-{args.image_size or 256}".replace("/", "-"))
-    steps = f"{identity['sampling_method']}-{identity['num_steps']}"
-    name = f"{ckpt.name or 'model'}-{identity['mode']}-{steps}-cfg-{identity['cfg_scale']:g}-seed-{args.global_seed}"
-    return f"{name}-{args.num_fid_samples}.npz"
+def default_name(ckpt, identity):
+    """Return a file name that holds the settings that people compare."""
+    d = identity
+    steps = f"{d['sampling_method']}-{d['num_steps']}-cfg-{d['cfg_scale']:g}-seed-{d['seed']}-{d['num_fid_samples']}"
+    return f"{pathlib.Path(ckpt).name or 'model'}-{d['mode']}-{steps}.npz"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ torchrun --nproc_per_node=8 train.py --model SiT-XL/2 --data-path /data/imagenet
 """
 
 import argparse
-import itertools
-import json
 import math
 import pathlib
 import platform
@@ -15,212 +13,211 @@ import sys
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import compute
-import costs
-import data
-import distributed
-import evaluate
-import logs
-import options
-import plan
-import runs
-import sampling
-import training
-from images import ImageBatches
+from data.flags import DATA_FLAGS, add_data_flags
+from data.images import ImageDataset
+from data.loader import GlobalBatchSampler, make_loader
+from data.sources import Source
+from evaluation.images import ImageBatches
+from evaluation.metrics import MOST_PIXELS, MOST_REFERENCES
+from evaluation.monitor import Monitor
 from models import SiT, SiT_models
+from sampling.draw import SampleSettings, draw_labels, generate
+from sampling.flags import ODE_DEFAULTS, add_transport_flags
+from sampling.guidance import resolve_cfg_scale
+from sampling.pipeline import Pipeline, default_labels
+from training import log, losses, resume, setup
+from training.step import EMA, Trainer, batches_on_device, draw_randomness, learning_rate
 from transport import create_transport, logit_normal
-
-# How samples are drawn during training: in fixed steps, as with FSDP all ranks must make as many network calls.
-SAMPLED_HOW = dict(
-    mode="ODE",
-    settings=options.ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26},
-    show_progress=False,
+from utils import checkpoint, distributed
+from utils.command_line import (
+    Parser,
+    add_config_flag,
+    flag_group,
+    given,
+    integer,
+    number,
+    one_of,
+    plain,
+    user_errors,
 )
-COUNTS = ("bad_steps", "bad_in_a_row", "bad_images")  # of a run, that its checkpoints hold
+from utils.grids import to_uint8
+from utils.precision import DTYPES, resolve_precision
+from utils.weights import TRANSPORT_KEYS
+
+# How samples are drawn during training. The steps are fixed: with FSDP all ranks must make as many evaluations.
+SOLVER = ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26}
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
+COUNTS = ("bad_steps", "bad_in_a_row", "bad_images")  # in trainer_state.json
 
 
 def build_parser():
-    parser = options.Parser(description="Train a SiT on one CPU or GPU, or with torchrun on many.")
-    options.add_config_flag(parser)
-
-    at_least_one, positive = options.integer(1), options.number(0, exclude_minimum=True)
-
-    add = options.add_data_flags(parser)
+    parser = Parser("Train a SiT on one CPU or GPU, or with torchrun on many.")
+    add_config_flag(parser)
+    add = add_data_flags(parser)
     flip = "mirror images at random (default: yes, but not digits)"
     add("--horizontal-flip", None, None, flip, action=argparse.BooleanOptionalAction)
+    add_model_flags(parser)
+    add_transport_flags(parser, from_checkpoint=False)
+    add_optimisation_flags(parser)
+    add_hardware_flags(parser)
+    add_run_flags(parser)
+    return parser
 
-    add = options.flag_group(parser, "model", "--model names a size; the other flags change it, one by one.")
-    add("--model", options.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)}", default="SiT-XL/2")
-    add("--input-size", at_least_one, "N", "height and width of the latent, in place of --image-size")
-    add("--patch-size", at_least_one, "N", "side of a patch (default: the model's)")
-    add("--in-channels", at_least_one, "N", "channels of the latent, held against the VAE's (default: the VAE's)")
-    add("--hidden-size", at_least_one, "N", "width of the transformer (default: the model's)")
-    add("--depth", at_least_one, "N", "number of blocks (default: the model's)")
-    add("--num-heads", at_least_one, "N", "attention heads (default: the model's)")
-    add("--mlp-ratio", positive, "R", "hidden width of the MLPs / width of the transformer", default=4.0)
+
+def add_model_flags(parser):
+    """Add the model's flags. One that is named after an argument of SiT is passed to it and stored with checkpoints."""
+    add = flag_group(parser, "model", "--model names a size; the other flags change it, one by one.")
+    add("--model", one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)}", default="SiT-XL/2")
+    add("--input-size", integer(1), "N", "height and width of the latent, in place of --image-size")
+    add("--patch-size", integer(1), "N", "side of a patch (default: the model's)")
+    add("--in-channels", integer(1), "N", "channels of the latent, checked against the VAE's (default: the VAE's)")
+    add("--hidden-size", integer(1), "N", "width of the transformer (default: the model's)")
+    add("--depth", integer(1), "N", "number of blocks (default: the model's)")
+    add("--num-heads", integer(1), "N", "attention heads (default: the model's)")
+    add(
+        "--mlp-ratio", number(0, exclude_minimum=True), "R", "width of the MLPs / width of the transformer", default=4.0
+    )
     dropout = "share of labels that training replaces by the null class; 0: no guidance"
-    add("--class-dropout-prob", options.number(0, 1), "P", dropout, default=0.1)
-    add("--num-classes", at_least_one, "N", "number of classes (default: the data's)")
+    add("--class-dropout-prob", number(0, 1), "P", dropout, default=0.1)
+    add("--num-classes", integer(1), "N", "number of classes (default: the data's)")
     sigma = "twice the output channels, the second half unused, as in the released models"
     add("--learn-sigma", None, None, sigma, default=True, action=argparse.BooleanOptionalAction)
 
-    options.add_transport_flags(parser, from_checkpoint=False)
 
-    add = options.flag_group(parser, "optimisation")
-    add("--epochs", at_least_one, "N", "passes over the data", default=1400)
-    add("--max-steps", at_least_one, "N", "optimizer steps, in place of --epochs")
-    add("--global-batch-size", at_least_one, "N", "images per step = micro batch x ranks x accumulation", default=256)
+def add_optimisation_flags(parser):
+    add, positive = flag_group(parser, "optimisation"), number(0, exclude_minimum=True)
+    add("--epochs", integer(1), "N", "passes over the data", default=1400)
+    add("--max-steps", integer(1), "N", "optimizer steps, in place of --epochs")
+    batch = "images per step = micro-batch x ranks x gradient accumulation steps"
+    add("--global-batch-size", integer(1), "N", batch, default=256)
     micro = "images per rank at a time, accumulated to the global batch (default: global batch / ranks)"
-    add("--micro-batch-size", at_least_one, "N", micro)
-    add("--lr", positive, "LR", "AdamW's learning rate, at its highest", default=1e-4)
-    add("--lr-schedule", options.one_of("constant", "cosine"), "constant|cosine", "cosine: to 0", default="constant")
-    add("--warmup-steps", options.integer(0), "N", "steps in which the learning rate rises", default=0)
-    betas = "AdamW's averaging of gradients and of their squares (default: 0.9 0.999)"
-    add("--betas", options.number(0, 1), "B", betas, nargs=2)
-    add("--weight-decay", options.number(0), "W", "AdamW's weight decay", default=0.0)
-    add("--max-grad-norm", positive, "NORM", "scale larger gradients down to this 2-norm (default: do not)")
-    add("--ema-decay", options.number(0, 1), "D", "decay per step of the weights' moving average", default=0.9999)
-    warmup = "a faster decay at first, (1 + n) / (10 + n) at step n, so that short runs have an average, too"
+    add("--micro-batch-size", integer(1), "N", micro)
+    add("--lr", positive, "LR", "AdamW's peak learning rate", default=1e-4)
+    add("--lr-schedule", one_of("constant", "cosine"), "constant|cosine", "cosine: to 0", default="constant")
+    add("--warmup-steps", integer(0), "N", "steps of linear learning rate warm-up", default=0)
+    add("--betas", number(0, 1), "B", "AdamW's betas (default: 0.9 0.999)", nargs=2)
+    add("--weight-decay", number(0), "W", "AdamW's weight decay", default=0.0)
+    add("--max-grad-norm", positive, "NORM", "clip the gradient to this 2-norm (default: no clipping)")
+    add("--ema-decay", number(0, 1), "D", "decay of the EMA per step", default=0.9999)
+    warmup = "use a smaller decay at first, (1 + n) / (10 + n) at step n, so that short runs have a useful EMA"
     add("--ema-warmup", None, None, warmup, default=True, action=argparse.BooleanOptionalAction)
     times = "distribution of training times; uniform is the paper's"
-    add("--time-sampling", options.one_of("uniform", "logit-normal"), "uniform|logit-normal", times, default="uniform")
-    add("--logit-normal-mean", options.number(), "M", "above 0: closer to the data", default=0.0)
-    add("--logit-normal-std", positive, "S", "small: closer together", default=1.0)
-    add("--global-seed", options.integer(0), "SEED", "decides all that is random, for any number of ranks", default=0)
-    bad = "stop after this many steps in a row without a finite loss and gradient, which are left out"
-    add("--max-bad-steps", at_least_one, "N", bad, default=10)
+    add("--time-sampling", one_of("uniform", "logit-normal"), "uniform|logit-normal", times, default="uniform")
+    add("--logit-normal-mean", number(), "M", "above 0: closer to the data", default=0.0)
+    add("--logit-normal-std", positive, "S", "smaller: more concentrated", default=1.0)
+    add("--global-seed", integer(0), "SEED", "seed of everything random, for any number of ranks", default=0)
+    bad = "stop after this many steps in a row whose loss or gradient is not finite; each is left out"
+    add("--max-bad-steps", integer(1), "N", bad, default=10)
 
-    add = options.flag_group(parser, "hardware")
-    share = "how ranks share the work: each has the whole model, or all hold it together (default: ddp if that fits)"
-    add("--parallel", options.one_of("auto", "ddp", "fsdp"), "auto|ddp|fsdp", share, default="auto")
-    add("--fsdp-shard-size", at_least_one, "N", "ranks that hold one model together, such as a node's (default: all)")
-    kinds = (
-        "of the model's arithmetic; weights, optimizer, average and loss are fp32 (default: bf16 on a GPU, else fp32)"
-    )
-    add("--precision", options.one_of(*compute.DTYPES), "|".join(compute.DTYPES), kinds)
-    again = "keep no activations inside blocks and compute them twice: less memory, a third more work"
-    parser.add_argument("--grad-checkpoint", action="store_true", help=again)
-    parser.add_argument("--compile", action="store_true", help="compile the model: slower to start, faster steps")
 
-    add = options.flag_group(parser, "run")
+def add_hardware_flags(parser):
+    add = flag_group(parser, "hardware")
+    parallel = "ddp: each rank has the whole model; fsdp: ranks share it (default: ddp if that fits)"
+    add("--parallel", one_of("auto", "ddp", "fsdp"), "auto|ddp|fsdp", parallel, default="auto")
+    add("--fsdp-shard-size", integer(1), "N", "ranks that share one model, such as a node's (default: all)")
+    kinds = "of the model's products; weights, optimizer, EMA and loss are fp32 (default: bf16 on a GPU, else fp32)"
+    add("--precision", one_of(*DTYPES), "|".join(DTYPES), kinds)
+    add("--grad-checkpoint", None, None, "recompute activations inside blocks: less memory, a third more work")
+    add("--compile", None, None, "compile the model: slower to start, faster steps")
+
+
+def add_run_flags(parser):
+    add = flag_group(parser, "run")
     add("--output-dir", pathlib.Path, "DIR", "the run's folder (default: a new, numbered one in --results-dir)")
-    add("--results-dir", pathlib.Path, "DIR", "where numbered run folders go", default=pathlib.Path("results"))
+    add("--results-dir", pathlib.Path, "DIR", "folder of numbered run folders", default=pathlib.Path("results"))
     where = "auto: from the newest checkpoint in --output-dir, if there is one; never; or a run or checkpoint folder"
     add("--resume", str, "auto|never|PATH", where, default="auto")
     weights = "start a new run from these weights, named as for sample.py's --ckpt, with a new optimizer"
     add("--init-from", str, "PATH|NAME|URL", weights, alias="--ckpt")
-    add("--log-every", at_least_one, "STEPS", "steps between lines of the log", default=100)
-    add("--ckpt-every", at_least_one, "STEPS", "steps between checkpoints; the end makes one too", default=50_000)
-    add("--keep-checkpoints", at_least_one, "N", "keep this many of the newest checkpoints (default: all)")
-    add("--keep-every", at_least_one, "STEPS", "keep those of multiples of this step, too")
-    add("--sample-every", options.integer(0), "STEPS", "steps between grids of EMA samples; 0: none", default=10_000)
+    add("--log-every", integer(1), "STEPS", "steps between lines of the log", default=100)
+    add("--ckpt-every", integer(1), "STEPS", "steps between checkpoints; the end makes one too", default=50_000)
+    add("--keep-checkpoints", integer(1), "N", "keep this many of the newest checkpoints (default: all)")
+    add("--keep-every", integer(1), "STEPS", "keep checkpoints at multiples of this step, too")
+    add("--sample-every", integer(0), "STEPS", "steps between grids of EMA samples; 0: none", default=10_000)
     cfg = "guidance scale of those grids; 1 is none (default: 4, or 1 with --class-dropout-prob 0)"
-    add("--cfg-scale", options.number(), "S", cfg)
+    add("--cfg-scale", number(), "S", cfg)
     every = "steps between Frechet distances of EMA samples without guidance to a reference; 0: none"
-    add("--eval-every", options.integer(0), "STEPS", every, default=0)
-    add("--eval-samples", options.integer(2), "N", "samples that are drawn for it, by all ranks together", default=5000)
-    reference = ".npz or folder, as evaluate.py takes it (default: the training images, if they are small)"
+    add("--eval-every", integer(0), "STEPS", every, default=0)
+    add("--eval-samples", integer(2), "N", "samples for it, over all ranks", default=5000)
+    reference = ".npz or folder, as for evaluate.py (default: the training images, if they are small)"
     add("--eval-reference", pathlib.Path, "PATH", reference)
     add("--inception-weights", pathlib.Path, "FILE.pth", "see evaluate.py (default: download them once)")
-    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, too, in the run's folder")
+    add("--tensorboard", None, None, "log to TensorBoard, too, in the run's folder")
     wandb = "log to Weights & Biases, too, which reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE"
-    parser.add_argument("--wandb", action="store_true", help=wandb)
-    plan = "print the flags, the sizes and an estimate of the memory, and do nothing"
-    parser.add_argument("--dry-run", action="store_true", help=plan)
-    return parser
+    add("--wandb", None, None, wandb)
+    add("--dry-run", None, None, "print flags, sizes and an estimate of the memory, and exit")
 
 
-def main():
+def main(loss_builders=(), extra_emas=()):
+    """Train as the command line says.
+
+    Args:
+        loss_builders: functions of the model that return an `AuxiliaryLoss` beside the main one.
+        extra_emas: `EMA`s beside that of the flags.
+    """
     # Check the flags against each other, the data and the machine, before anything is written.
     parser = build_parser()
     args = parser.parse_args()
-    with options.user_errors(parser):
+    flags = plain(args)
+    with user_errors(parser):
         device = distributed.init()
-        runs.check_restarts(args.output_dir, args.resume)
         rank, world_size = distributed.rank(), distributed.world_size()
-        accumulation, micro_batch_size = plan.split_batch(args.global_batch_size, args.micro_batch_size, world_size)
-        precision = compute.resolve_precision(args.precision, device, on_gpu="bf16")
-        source = options.open_data(args)
-        config = plan.resolve_config(args, source)
+        resume.check_restarts(args.output_dir, args.resume)
+        accumulation, micro_batch_size = setup.split_batch(args.global_batch_size, args.micro_batch_size, world_size)
+        precision = resolve_precision(args.precision, device, on_gpu="bf16")
+        source = setup.open_data(given(args, DATA_FLAGS), args.num_classes, args.dry_run)
+        options, sizes, transport = (
+            given(args, keys) for keys in (setup.model_options(), setup.SIZE_FLAGS, TRANSPORT_KEYS)
+        )
+        config = setup.resolve_config(source, args.model, options, sizes, transport, args.vae, args.skip_bad_images)
         transport = create_transport(**config["transport"])
         with torch.device("meta"):
-            model, ema = SiT(**config["model"]), SiT(**config["model"])
-        parallel, mesh = plan.resolve_parallel(args, model, device)
-        cfg_scale = sampling.resolve_cfg_scale(args.cfg_scale, model)
+            model = SiT(**config["model"])
+        parallel, mesh = setup.resolve_parallel(args.parallel, args.fsdp_shard_size, model, device)
+        cfg_scale = resolve_cfg_scale(args.cfg_scale, model)
+        length = args.max_steps, args.epochs, args.global_batch_size, source
         batch_text = (
-            f"steps of {args.global_batch_size} images = micro batch {micro_batch_size} x {world_size} ranks "
-            f"x accumulation {accumulation}"
+            f"steps of {args.global_batch_size} images = micro-batch {micro_batch_size} x {world_size} ranks "
+            f"x {accumulation} gradient accumulation steps; {parallel}, {precision} on {device.type}, torch "
+            f"{torch.__version__}"
         )
-        how_text = f"{parallel}, {precision} on {device.type}, torch {torch.__version__}"
         if args.dry_run:
-            lines = [f"{plan.last_step(args, source, runs.Start()):,} {batch_text}", how_text]
-            plan.print_plan(args, config, micro_batch_size, precision, mesh, device, lines)
+            lines = [f"{setup.last_step(*length, resume.Start()):,} {batch_text}"]
+            setup.print_plan(flags, config, lines, micro_batch_size, precision, mesh, args.grad_checkpoint, device)
             return distributed.shutdown()
-        start = distributed.on_rank_zero(runs.find_start, args.resume, args.output_dir)
-        output_dir = distributed.from_rank_zero(runs.choose_folder(args, start))
-        weights, notes = {}, []
-        if start.state is not None:
-            runs.check_model(config, start)
-        elif rank == 0:
-            weights, notes = plan.initial_weights(args, config)
-        space = plan.open_space(args, config, source, device)
-        for flag, value in (("--eval-reference", args.eval_reference), ("--inception-weights", args.inception_weights)):
-            if value is not None and not args.eval_every:
-                raise ValueError(f"{flag} has no effect without --eval-every")
-        monitor = open_monitor(args, config, source, device) if args.eval_every else None
-        packages = logs.import_trackers(args.tensorboard, args.wandb) if rank == 0 else {}
-        token = distributed.on_rank_zero(runs.take_folder, output_dir)
-        if distributed.any_rank(not runs.sees_folder(output_dir, token)):
-            raise ValueError(
-                f"the run's folder {output_dir} is not the same for all ranks; it must be on shared storage"
-            )
-        # Again, now that nobody else writes there: who did until now may have saved.
-        start = distributed.on_rank_zero(runs.find_start, args.resume, output_dir)
-        if start.state is not None:
-            runs.check_model(config, start)
-        max_steps = plan.last_step(args, source, start)
-        if start.state is not None and start.state["step"] >= max_steps:
+
+        # Find the checkpoint to resume from, load what can fail, and lock the run's folder.
+        start = distributed.on_rank_zero(resume.find_start, args.resume, args.output_dir)
+        name = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
+        folder = resume.choose_folder(args.output_dir, args.resume, start, args.results_dir, name)
+        output_dir = distributed.broadcast(folder)
+        resume.check_model(config, start)
+        weights, notes = setup.initial_weights(config, args.global_seed, args.init_from, start)
+        auxiliary = losses.build_losses(loss_builders, model, args.global_seed)
+        space = setup.open_training_space(config, source, device, args.vae_precision, args.sample_every > 0, auxiliary)
+        evaluation = (args.eval_reference, args.inception_weights)
+        monitor = open_monitor(config, source, *evaluation, device, args.eval_every)
+        open_trackers = log.import_trackers([tracker for tracker in log.TRACKERS if flags[tracker]])
+        start = resume.claim_folder(output_dir, args.resume)
+        resume.check_model(config, start)
+        max_steps = setup.last_step(*length, start)
+        if start.state is not None and start.step >= max_steps:
             if rank == 0:
-                print(f"{start.folder} is of step {start.state['step']}, and the run has {max_steps}: it is done")
+                print(f"{start.folder} is of step {start.step}, and the run has {max_steps}: it is done")
             return distributed.shutdown()
-        distributed.on_rank_zero(runs.set_aside, start, output_dir)
-        trackers = logs.open_trackers(packages, output_dir, plan.first_step_of(start), runs.plain(vars(args)))
-        log = logs.RunLog(output_dir, plan.first_step_of(start), trackers)
+        distributed.on_rank_zero(resume.set_aside, start, output_dir)
+        trackers = [open_tracker(output_dir, start.step, flags) for open_tracker in open_trackers]
+        run_log = log.RunLog(output_dir, start.step, trackers)
 
-    # Build what trains: the model and its average, the optimizer. Their weights come into being here, on the device,
-    # in the shards that this rank holds.
-    ema.eval().requires_grad_(False)
-    for module, dtype in ((model, compute.DTYPES[precision]), (ema, torch.float32)):
-        if parallel == "fsdp":
-            distributed.shard(module, mesh, dtype)
-        module.to_empty(device=device)
-        compute.choose_attention(module, device, precision)
-    optimizer = training.build_optimizer(model, args.lr, args.betas or (0.9, 0.999), args.weight_decay)
-    if start.state is None:
-        for module in (model, ema):
-            checkpoint.place(module, weights, "the initial weights")
-        weights = None
-    else:
-        checkpoint.load_training(start.folder, model, ema, optimizer)
-    model.train()
-    model.grad_checkpoint = args.grad_checkpoint
-    if args.compile:
-        compute.compile_training(model, parallel)
-    trained = distributed.replicate(model, device) if parallel == "ddp" else model
-    drawn_from = sampling.Pipeline(ema, transport, space, device, guided_channels=None, precision=precision)
-    averaged, average = distributed.local(model.parameters()), distributed.local(ema.parameters())
-
-    def network(x, t, **labels):
-        with compute.autocast(device, precision):
-            output = trained(x, t, **labels)
-        return output.float()  # the loss is taken in float32
-
-    # The batches of this rank, from where the run is.
+    # Build the model, its EMAs, its optimizer, the losses beside the main one, and the batches of this rank.
+    emas = [EMA("ema", args.ema_decay, args.ema_warmup), *extra_emas]
+    adamw = dict(lr=args.lr, betas=args.betas or (0.9, 0.999), weight_decay=args.weight_decay)
+    trainer = Trainer(model, transport, device, precision, emas, auxiliary, parallel, mesh, adamw)
+    notes += trainer.start(weights, start.folder, args.grad_checkpoint, args.compile)
+    ema_pipeline = Pipeline(trainer.ema_modules["ema"], transport, space, device, None, precision=precision)
     state = start.state or {"samples_seen": 0, "window": None} | dict.fromkeys(COUNTS, 0)
-    first_step, samples_seen = plan.first_step_of(start), state["samples_seen"]
-    bad_steps, bad_in_a_row, bad_images = (state[key] for key in COUNTS)
-    sampler = data.GlobalBatchSampler(
+    samples_seen = state["samples_seen"]
+    sampler = GlobalBatchSampler(
         source.num_examples,
         args.global_batch_size,
         micro_batch_size,
@@ -230,204 +227,142 @@ def main():
         mirror=source.mirrors if args.horizontal_flip is None else args.horizontal_flip,
         start=samples_seen,
     )
-    dataset = plan.open_dataset(args, config, source, sampler)
-    loader = data.make_loader(dataset, sampler, args.num_workers, device)
-    batches = training.batches_on_device(loader, space, device)
+    dataset = setup.open_dataset(config, source, sampler, args.num_workers)
+    loader = make_loader(dataset, sampler, args.num_workers, device)
+    batches = batches_on_device(loader, space, device, trainer.reads_images)
     share = args.global_batch_size // world_size
     places = slice(rank * share, (rank + 1) * share)
-    latent_shape = (model.in_channels, model.input_size, model.input_size)
 
     # Say what is about to happen.
-    writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, log.line)
-    log.line(f"run folder {output_dir}")
-    for line in notes + [f"{problem}; it is not used" for problem in start.damaged]:
-        log.line(line)
-    if start.state is not None:
-        log.line(f"continuing from {start.folder}, step {first_step}")
-        for line in runs.changed_flags(args, start):
-            log.line(line)
-    log.line(f"{costs.num_parameters(config['model']):,} parameters; {json.dumps(config['model'])}")
-    images = "a stream of images" if source.num_examples is None else f"{source.num_examples:,} images"
-    log.line(f"{images} of {model.num_classes} classes as {latent_shape}; {json.dumps(config['transport'])}")
-    log.line(f"{max_steps:,} {batch_text}; {how_text}")
+    for line in setup.opening_lines(output_dir, start, notes, config, source, resume.changed_flags(flags, start)):
+        run_log.line(line)
+    run_log.line(f"{max_steps:,} {batch_text}")
 
     # Train.
-    stop = runs.StopRequest()
-    window = logs.LossWindow(device, state["window"])
-    reader = distributed.LateReader(device)
-    meter = logs.Meter(config["model"], device, precision)
-    problems = [] if first_step else [f"left out {line}" for line in source.left_out if rank == 0]
-    done, stopping = first_step, None
-    for step in tqdm(
-        range(first_step, max_steps), initial=first_step, total=max_steps, unit="step", disable=rank or None
-    ):
-        # All that is random about this step, for this rank's places in the global batch.
-        uniform, drop, x0, posterior_noise = training.draw_randomness(
-            args.global_seed, step, args.global_batch_size, places, latent_shape, device
+    writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, run_log.line)
+    stop = resume.StopRequest()
+    finite = resume.FiniteCheck(device, args.max_bad_steps, state["bad_steps"], state["bad_in_a_row"], run_log.line)
+    metrics, meter = log.Metrics(device, state["window"]), log.Meter(config["model"], device, precision)
+    left_out = log.LeftOut(state["bad_images"], args.skip_bad_images, [] if start.step else source.left_out)
+    stopping, bar = False, dict(initial=start.step, total=max_steps, unit="step", disable=rank or None)
+    for step in tqdm(range(start.step, max_steps), **bar):
+        # Draw times, label drops and noise for this rank's places in the global batch.
+        uniform, drop, x0, posterior_noise = draw_randomness(
+            args.global_seed, step, args.global_batch_size, places, ema_pipeline.latent_shape, device
         )
         if args.time_sampling == "logit-normal":
             uniform = logit_normal(uniform, args.logit_normal_mean, args.logit_normal_std)
-        t = transport.times(uniform)
-        drop = drop < args.class_dropout_prob
+        t, drop = transport.times(uniform), drop < args.class_dropout_prob
 
-        # Forward and backward, micro batch by micro batch.
-        records = []
+        # Forward and backward, micro-batch by micro-batch.
+        loss = 0.0
         for i in range(accumulation):
-            with meter.waiting(), options.user_errors(parser):
-                content, y, bad = next(batches)
-            for problem in itertools.chain(*bad):
-                if not args.skip_bad_images:
-                    parser.error(f"{problem} (--skip-bad-images leaves such examples out)")
-                problems.append(f"(step={step + 1:07d}) left out {problem}")
+            with meter.timing("waiting"), user_errors(parser):
+                batch = next(batches)
+                left_out.add(step + 1, batch["problems"])
             micro = slice(i * micro_batch_size, (i + 1) * micro_batch_size)
-            x1 = space.draw(content, posterior_noise[micro])
-            with distributed.accumulate(trained, is_last=i == accumulation - 1):
-                kwargs = dict(y=y, force_drop_ids=drop[micro])
-                losses = transport.training_losses(network, x1, kwargs, t=t[micro], x0=x0[micro])["loss"]
-                (losses.mean() / accumulation).backward()
-            records.append(window.record(losses, t[micro]))
+            x1 = space.sample(batch["moments"], posterior_noise[micro])
+            draws = t[micro], x0[micro], drop[micro]
+            values, others = trainer.forward_backward(batch, x1, *draws, accumulation, is_last=i == accumulation - 1)
+            metrics.mean("loss", values)
+            metrics.mean_by_time("loss_by_time", values, t[micro])
+            for name, value in others.items():
+                metrics.mean(f"loss_{name}", value)
+            loss = loss + values.double().sum()
 
-        # Step the optimizer and the moving average.
-        record = distributed.total(torch.stack(records).sum(0))
-        loss = window.loss(record)
-        lr = training.learning_rate(step, max_steps, args.lr, args.warmup_steps, args.lr_schedule)
-        gradient_norm, bad = training.step_optimizer(optimizer, loss, lr, args.max_grad_norm)
-        window.add(record, bad)
-        training.update_ema(average, averaged, training.ema_decay(step, args.ema_decay, args.ema_warmup))
+        # Step the optimizers and the EMAs; a step whose loss or gradient is not finite changes no weight.
+        loss = distributed.all_reduce(loss) / args.global_batch_size
+        lr = learning_rate(step, max_steps, args.lr, args.warmup_steps, args.lr_schedule)
+        gradient_norm, bad = trainer.update(step, loss, lr, args.max_grad_norm)
+        metrics.commit(bad)
 
-        # See what came of it, and whether someone asks to stop.
-        done = step + 1
-        samples_seen += args.global_batch_size
-        meter.step(args.global_batch_size)
-        is_last = done == max_steps
-        if distributed.any_rank(stop.signal is not None):
-            stopping = runs.EXIT_STOPPED
-        # Not in a row of steps that are not finite, in which the last good checkpoint is kept.
-        saves = (done % args.ckpt_every == 0 and not bad_in_a_row) or is_last or stopping is not None
-        logging = done % args.log_every == 0 or is_last
-        known = reader.push(done, torch.stack([loss, gradient_norm.to(loss)]))
-        for late_step, (late_loss, late_norm) in known + (reader.flush() if saves or logging else []):
-            if math.isfinite(late_loss) and math.isfinite(late_norm):
-                bad_in_a_row = 0
-                continue
-            bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-            figures = f"loss {late_loss}, gradient norm {late_norm}"
-            log.line(f"(step={late_step:07d}) left out: not finite ({figures}), {bad_in_a_row} in a row")
-            if bad_in_a_row >= args.max_bad_steps:
-                log.line(
-                    f"stopped at step {late_step}: --max-bad-steps {args.max_bad_steps} in a row were not finite "
-                    f"({figures}); the last good checkpoint is untouched"
-                )
-                stopping = runs.EXIT_DIVERGED
-        if stopping == runs.EXIT_DIVERGED:
+        # Read, one step late on a GPU, whether it was finite, and whether a signal asks to stop.
+        done, samples_seen = step + 1, samples_seen + args.global_batch_size
+        meter.images += args.global_batch_size
+        is_last, stopping = done == max_steps, distributed.any_rank(stop.signal is not None)
+        # The last good checkpoint is kept while steps in a row are not finite.
+        saves = (done % args.ckpt_every == 0 and not finite.in_a_row) or is_last or stopping
+        logs = done % args.log_every == 0 or is_last
+        finite.push(done, torch.stack([loss, gradient_norm.to(loss)]), wait=saves or logs)
+        if finite.diverged:
             break
 
         # Log.
-        if logging or saves:
-            everyone = distributed.from_all(problems)
-            problems = []
-            for line in itertools.chain(*everyone):
-                bad_images += 1
-                log.line(line)
-        if logging:
-            mean_loss, loss_by_time = window.take()
-            log.metrics(
-                step=done,
-                epoch=epochs(samples_seen, source),
-                samples_seen=samples_seen,
-                loss=mean_loss,
-                gradient_norm=finite(gradient_norm.item()),
-                learning_rate=lr,
-                **meter.take(),
-                bad_images=bad_images,
-                bad_steps=bad_steps,
-                loss_by_time=loss_by_time,
-            )
+        epoch = None if source.num_examples is None else samples_seen / source.num_examples
+        if logs or saves:
+            left_out.report(run_log.line)
+        if logs:
+            norm = gradient_norm.item()
+            metrics.point("gradient_norm", norm if math.isfinite(norm) else None)
+            counts = dict(bad_images=left_out.count, bad_steps=finite.bad_steps)
+            points = dict(step=done, epoch=epoch, samples_seen=samples_seen, learning_rate=lr)
+            run_log.metrics(points | metrics.take() | meter.take() | counts)
 
-        # Save, and draw from the average. Their time is not training's.
-        with meter.pause():
+        # Save, draw from the EMA, and evaluate it. Their time is not training's.
+        with meter.timing("paused"):
             if saves:
-                counts = dict(zip(COUNTS, (bad_steps, bad_in_a_row, bad_images), strict=True))
-                state = trainer_state(args, config, done, samples_seen, source, counts | {"window": window.state()})
-                writer.save(done, model, ema, optimizer, state)
+                counts = dict(zip(COUNTS, (finite.bad_steps, finite.in_a_row, left_out.count), strict=True))
+                progress = dict(step=done, epoch=epoch, samples_seen=samples_seen, seed=args.global_seed)
+                state = progress | counts | {"window": metrics.state()} | config | {"args": flags, "versions": VERSIONS}
+                writer.save(done, **trainer.checkpointed(), state=state)
             if args.sample_every and done % args.sample_every == 0:
-                # With FSDP no rank has the whole model, so all of them draw it.
+                # With FSDP no rank has the whole model, so all of them draw.
                 if rank == 0 or parallel == "fsdp":
-                    images, columns = draw_grid(drawn_from, cfg_scale, args.global_seed)
-                    log.grid(images, columns, done)
+                    run_log.grid(*draw_grid(ema_pipeline, cfg_scale, args.global_seed), done)
                 distributed.barrier()
             if args.eval_every and done % args.eval_every == 0:
-                log.evaluation(done, monitor.figures(draw_share(drawn_from, args)))
-        if stopping is not None:
+                run_log.evaluation(done, monitor.metrics(draw_share(ema_pipeline, args.eval_samples, args.global_seed)))
+        if stopping:
             name = stop.signal.name if stop.signal else "a signal to another rank"
-            log.line(f"{name}: stopping at step {done}; the same command continues")
+            run_log.line(f"{name}: stopping at step {done}; the same command resumes the run")
             break
 
     # End when the last checkpoint is on the disk.
     batches.close()
     written = writer.finish()
-    log.close()
+    run_log.close()
     distributed.shutdown()
-    sys.exit(stopping or (0 if written else 1))
-
-
-def finite(value):
-    """The number, or None for one that JSON cannot hold."""
-    return value if math.isfinite(value) else None
+    sys.exit(resume.EXIT_DIVERGED if finite.diverged else resume.EXIT_STOPPED if stopping else int(not written))
 
 
 def draw_grid(pipeline, cfg_scale, seed):
-    """(samples as uint8 (N, H, W, C), columns), the same noise and classes each time."""
-    labels = sampling.default_labels(pipeline.model.num_classes)
-    images, _ = sampling.generate(pipeline, labels * 2, **SAMPLED_HOW, cfg_scale=cfg_scale, seed=seed)
+    """Return (samples as uint8 (N, H, W, C), columns), from the same noise and classes each time."""
+    labels = default_labels(pipeline.model.num_classes)
+    settings = SampleSettings("ODE", SOLVER, cfg_scale, seed=seed)
+    images, _ = generate(pipeline, labels * 2, settings, show_progress=False)
     return images, len(labels)
 
 
-def open_monitor(args, config, source, device):
-    """What --eval-every measures samples with. Raises ValueError without a reference that is fit for it."""
-    size, channels = config["latents"]["image_size"], config["latents"]["channels"]
-    shape = (size, size, channels if config["latents"]["vae"] == "none" else 3)
-    if args.eval_reference is not None:
-        reference = ImageBatches(args.eval_reference, may_be_statistics=True)
-    elif isinstance(source, data.Source) and source.labels is not None and math.prod(shape) <= evaluate.MOST_PIXELS:
-        dataset = data.ImageDataset(source, size, shape[2], config["model"]["num_classes"])
-        some = range(min(len(dataset), evaluate.MOST_REFERENCES))
-        reference = (sampling.to_uint8(dataset[i, False][0][None]).numpy() for i in some)
-    else:
-        raise ValueError("--eval-every needs --eval-reference: the training data are no small images")
-    return evaluate.Monitor(reference, shape, args.inception_weights, device)
-
-
-def draw_share(pipeline, args):
-    """This rank's share of --eval-samples as uint8 (N, H, W, C): of as many network calls as the others' shares."""
-    labels = sampling.draw_labels(args.eval_samples, pipeline.model.num_classes, args.global_seed, balanced=False)
-    share = math.ceil(args.eval_samples / distributed.world_size())
+def draw_share(pipeline, count, seed):
+    """Return this rank's share of `count` samples as uint8 (N, H, W, C); all ranks make as many evaluations."""
+    labels = draw_labels(count, pipeline.model.num_classes, seed, balanced=False)
+    share = math.ceil(count / distributed.world_size())
     first = distributed.rank() * share
     mine = labels[first : first + share].tolist()
     padded = mine + [0] * (share - len(mine))
-    images, _ = sampling.generate(
-        pipeline, padded, **SAMPLED_HOW, cfg_scale=1.0, seed=args.global_seed, first_index=first
-    )
+    settings = SampleSettings("ODE", SOLVER, seed=seed)
+    images, _ = generate(pipeline, padded, settings, first_index=first, show_progress=False)
     return images[: len(mine)].numpy()
 
 
-def epochs(samples_seen, source):
-    """Passes over the data; None for a stream that does not say how long it is."""
-    return None if source.num_examples is None else samples_seen / source.num_examples
-
-
-def trainer_state(args, config, step, samples_seen, source, counts):
-    """What trainer_state.json holds."""
-    return {
-        "step": step,
-        "epoch": epochs(samples_seen, source),
-        "samples_seen": samples_seen,
-        "seed": args.global_seed,
-        **counts,
-        **config,
-        "args": runs.plain(vars(args)),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+def open_monitor(config, source, reference, weights, device, eval_every):
+    """Return the `Monitor` of --eval-every; None without it. Raise ValueError if it has no suitable reference."""
+    if not eval_every:
+        for flag, value in (("--eval-reference", reference), ("--inception-weights", weights)):
+            if value is not None:
+                raise ValueError(f"{flag} has no effect without --eval-every")
+        return None
+    size, channels = config["latents"]["image_size"], config["latents"]["channels"]
+    shape = (size, size, channels if config["latents"]["vae"] == "none" else 3)
+    if reference is not None:
+        reference = ImageBatches(reference, may_be_statistics=True)
+    elif isinstance(source, Source) and not source.streamed and math.prod(shape) <= MOST_PIXELS:
+        dataset = ImageDataset(source, size, shape[2], config["model"]["num_classes"])
+        some = range(min(len(dataset), MOST_REFERENCES))
+        reference = (to_uint8(dataset[i, False]["images"][None]).numpy() for i in some)
+    else:
+        raise ValueError("--eval-every needs --eval-reference: the training data are no small images")
+    return Monitor(reference, shape, weights, device)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ import time
 import numpy as np
 import torch
 from PIL import Image
+from data import images
+from data import loader
+from data import sources
+from utils import command_line
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-import options  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -70,7 +72,7 @@ def torchvision_loader(folder, image_size, batch_size, num_workers):
 
     transform = transforms.Compose(
         [
-            transforms.Lambda(lambda image: data.center_crop(image, image_size)),
+            transforms.Lambda(lambda image: images.center_crop(image, image_size)),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize([0.5] * 3, [0.5] * 3),
@@ -83,14 +85,14 @@ def torchvision_loader(folder, image_size, batch_size, num_workers):
 
 
 def project_loader(path, image_size, batch_size, num_workers, streaming=False):
-    source = data.open_source(str(path), streaming=streaming)
+    source = sources.open_source(str(path), streaming=streaming)
     count = source.num_examples
-    sampler = data.GlobalBatchSampler(count, batch_size, batch_size, seed=0, rank=0, world_size=1, mirror=True)
+    sampler = loader.GlobalBatchSampler(count, batch_size, batch_size, seed=0, rank=0, world_size=1, mirror=True)
     if streaming:
-        dataset = data.StreamedBatches(source, data.ImageReader(image_size, 3, 10), sampler, num_workers)
+        dataset = loader.StreamedBatches(source, images.ImageReader(image_size, 3, 10), sampler, num_workers)
     else:
-        dataset = data.ImageDataset(source, image_size, 3) if isinstance(source, data.Source) else source
-    return data.make_loader(dataset, sampler, num_workers, CPU)
+        dataset = images.ImageDataset(source, image_size, 3) if isinstance(source, sources.Source) else source
+    return loader.make_loader(dataset, sampler, num_workers, CPU)
 
 
 def speed(batches, batch_size, seconds):
@@ -104,16 +106,16 @@ def speed(batches, batch_size, seconds):
 
 
 def main():
-    parser = options.Parser(description="Images per second of each kind of data, beside torchvision's ImageFolder.")
-    add = options.flag_group(parser, "measurement")
-    add("--images", options.integer(64), "N", "images of each source", default=512)
-    add("--image-size", options.integer(8), "PIXELS", "size after the crop, a multiple of 8", default=256)
-    add("--batch-size", options.integer(1), "N", "images per batch", default=32)
-    add("--num-workers", options.integer(0), "N", "loader processes (threads, when streaming)", default=2)
-    add("--rounds", options.integer(1), "N", "rounds over all sources", default=5)
-    add("--seconds", options.number(0, exclude_minimum=True), "S", "time per source and round", default=4.0)
+    parser = command_line.Parser(description="Images per second of each kind of data, beside torchvision's ImageFolder.")
+    add = command_line.flag_group(parser, "measurement")
+    add("--images", command_line.integer(64), "N", "images of each source", default=512)
+    add("--image-size", command_line.integer(8), "PIXELS", "size after the crop, a multiple of 8", default=256)
+    add("--batch-size", command_line.integer(1), "N", "images per batch", default=32)
+    add("--num-workers", command_line.integer(0), "N", "loader processes (threads, when streaming)", default=2)
+    add("--rounds", command_line.integer(1), "N", "rounds over all sources", default=5)
+    add("--seconds", command_line.number(0, exclude_minimum=True), "S", "time per source and round", default=4.0)
     args = parser.parse_args()
-    with options.user_errors(parser):
+    with command_line.user_errors(parser):
         if args.image_size % 8:
             raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
     with tempfile.TemporaryDirectory() as temporary:

@@ -20,12 +20,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import measuring  # noqa: E402
 
-import compute  # noqa: E402
-import costs  # noqa: E402
-import distributed  # noqa: E402
-import options  # noqa: E402
-import training  # noqa: E402
 from models import SiT, SiT_models  # noqa: E402
+from training import costs
+from training import step
+from utils import command_line
+from utils import distributed
+from utils import precision
 
 ON_PAPER = (8, 16, 64)  # ranks
 IMAGE_SIZES = (256, 512, 1024)
@@ -44,20 +44,20 @@ def attention_flops(model_config):
 def training_step(model, batch_size, device, precision):
     """A function that makes a training step on random latents, with the optimizer and the average of train.py."""
     plain = getattr(model, "module", model)
-    compute.choose_attention(plain, device, precision)
+    precision.choose_attention(plain, device, precision)
     x = torch.randn(batch_size, plain.in_channels, plain.input_size, plain.input_size, device=device)
     t, y = torch.rand(batch_size, device=device), torch.zeros(batch_size, dtype=torch.long, device=device)
-    optimizer = training.build_optimizer(model, 1e-4, (0.9, 0.999), 0.0)
+    optimizer = step.build_optimizer(model, 1e-4, (0.9, 0.999), 0.0)
     weights = distributed.local(plain.parameters())
     ema = [p.detach().clone() for p in weights]
 
     def step():
-        with compute.autocast(device, precision):
+        with precision.autocast(device, precision):
             output = model(x, t, y)
         loss = output.float().square().mean()
         loss.backward()
-        training.step_optimizer(optimizer, loss.detach(), 1e-4)
-        training.update_ema(ema, weights, 0.9999)
+        step.step_optimizer(optimizer, loss.detach(), 1e-4)
+        step.update_ema(ema, weights, 0.9999)
 
     return step
 
@@ -150,24 +150,24 @@ def gib(size):
 
 
 def build_parser():
-    parser = options.Parser(description="What training costs as tokens, parameters and ranks grow.")
-    add = options.flag_group(parser, "measurement")
-    add("--parts", options.one_of("tokens", "parameters", "ranks"), "PART", "what to let grow", nargs="+")
-    add("--batch-size", options.integer(1), "N", "images per step (default: 32 on a GPU, 1 on a CPU)")
-    add("--rounds", options.integer(1), "N", "steps, of which the median is taken", default=3)
-    add("--ranks-model", options.one_of(*SiT_models), "NAME", "model of the part ranks", default="SiT-S/2")
-    add("--ranks", options.integer(2), "N", "processes of the part ranks", default=2)
+    parser = command_line.Parser(description="What training costs as tokens, parameters and ranks grow.")
+    add = command_line.flag_group(parser, "measurement")
+    add("--parts", command_line.one_of("tokens", "parameters", "ranks"), "PART", "what to let grow", nargs="+")
+    add("--batch-size", command_line.integer(1), "N", "images per step (default: 32 on a GPU, 1 on a CPU)")
+    add("--rounds", command_line.integer(1), "N", "steps, of which the median is taken", default=3)
+    add("--ranks-model", command_line.one_of(*SiT_models), "NAME", "model of the part ranks", default="SiT-S/2")
+    add("--ranks", command_line.integer(2), "N", "processes of the part ranks", default=2)
     return parser
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with options.user_errors(parser):
+    with command_line.user_errors(parser):
         device = distributed.init()
     args.batch_size = args.batch_size or (32 if device.type == "cuda" else 1)
     parts = args.parts or ["tokens", "parameters", "ranks"]
-    precision = compute.resolve_precision(None, device, on_gpu="bf16")
+    precision = precision.resolve_precision(None, device, on_gpu="bf16")
     print(f"{precision}, steps of {args.batch_size} images; {measuring.where(device)}\n")
     columns = ["model", "image size", "tokens", "parameters, M", "GFLOPs per image in training", "of which attention"]
     columns += ["ms per image", "GFLOP/s"]

@@ -22,9 +22,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import measuring  # noqa: E402
 
-import distributed  # noqa: E402
-import options  # noqa: E402
 from models import SIZES  # noqa: E402
+from utils import command_line
+from utils import distributed
 
 BACKENDS = {
     "PyTorch's choice": None,
@@ -80,20 +80,20 @@ def modulations(size, batch_size, device):
 
 
 def build_parser():
-    parser = options.Parser(description="Attention by backend and head size, and modulation.")
-    add = options.flag_group(parser, "measurement")
-    add("--size", options.one_of(*SIZES), "|".join(SIZES), "of the model, whose heads these are", default="XL")
-    add("--tokens", options.integer(1), "N", "per image; 256 at 256 x 256 with patches of 2", default=256)
-    add("--batch-size", options.integer(1), "N", "images (default: 32 on a GPU, 4 on a CPU)")
-    add("--rounds", options.integer(1), "N", "rounds over all rows", default=5)
-    add("--repeats", options.integer(1), "N", "calls of a row in a round (default: 50 on a GPU, 2 on a CPU)")
+    parser = command_line.Parser(description="Attention by backend and head size, and modulation.")
+    add = command_line.flag_group(parser, "measurement")
+    add("--size", command_line.one_of(*SIZES), "|".join(SIZES), "of the model, whose heads these are", default="XL")
+    add("--tokens", command_line.integer(1), "N", "per image; 256 at 256 x 256 with patches of 2", default=256)
+    add("--batch-size", command_line.integer(1), "N", "images (default: 32 on a GPU, 4 on a CPU)")
+    add("--rounds", command_line.integer(1), "N", "rounds over all rows", default=5)
+    add("--repeats", command_line.integer(1), "N", "calls of a row in a round (default: 50 on a GPU, 2 on a CPU)")
     return parser
 
 
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with options.user_errors(parser):
+    with command_line.user_errors(parser):
         device = distributed.init()
     on_gpu = device.type == "cuda"
     batch_size, repeats = args.batch_size or (32 if on_gpu else 4), args.repeats or (50 if on_gpu else 2)

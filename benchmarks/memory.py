@@ -16,13 +16,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import measuring  # noqa: E402
 
-import compute  # noqa: E402
-import costs  # noqa: E402
-import distributed  # noqa: E402
-import files  # noqa: E402
-import options  # noqa: E402
-import training  # noqa: E402
 from models import SiT, SiT_models  # noqa: E402
+from training import costs
+from training import step
+from utils import command_line
+from utils import distributed
+from utils import files
+from utils import precision
 
 GPU_GIB = (24, 40, 80, 141)
 USABLE = 0.92  # of a GPU: the rest is the CUDA context, the work space of kernels, what the allocator cannot use
@@ -36,7 +36,7 @@ def config_of(name, image_size):
 def measured(of_tensors, model_config, batch_size, precision, grad_checkpoint):
     """Peak memory of three training steps in bytes: of all tensors, or what the process takes from the system."""
     device = distributed.init()
-    compute.resolve_precision(precision, device, on_gpu="bf16")
+    precision.resolve_precision(precision, device, on_gpu="bf16")
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # libraries take their memory
     peak = (measuring.PeakOfTensors if of_tensors else measuring.PeakOfProcess)(device)
     with peak:
@@ -48,18 +48,18 @@ def train(device, model_config, batch_size, precision, grad_checkpoint):
     """Three steps on one batch, with the optimizer and the average of train.py."""
     model = SiT(**model_config).to(device).train()
     model.grad_checkpoint = grad_checkpoint
-    compute.choose_attention(model, device, precision)
+    precision.choose_attention(model, device, precision)
     ema = [p.detach().clone() for p in model.parameters()]
-    optimizer = training.build_optimizer(model, 1e-4, (0.9, 0.999), 0.0)
+    optimizer = step.build_optimizer(model, 1e-4, (0.9, 0.999), 0.0)
     x = torch.randn(batch_size, model.in_channels, model.input_size, model.input_size, device=device)
     t, y = torch.rand(batch_size, device=device), torch.zeros(batch_size, dtype=torch.long, device=device)
     for _ in range(3):
-        with compute.autocast(device, precision):
+        with precision.autocast(device, precision):
             output = model(x, t, y)
         loss = output.float().square().mean()
         loss.backward()
-        training.step_optimizer(optimizer, loss.detach(), 1e-4)
-        training.update_ema(ema, list(model.parameters()), 0.9999)
+        step.step_optimizer(optimizer, loss.detach(), 1e-4)
+        step.update_ema(ema, list(model.parameters()), 0.9999)
 
 
 def estimate(model_config, batch_size, precision, grad_checkpoint, device):
@@ -76,11 +76,11 @@ def largest_batch(model_config, gib, grad_checkpoint):
 
 
 def build_parser():
-    parser = options.Parser(description="Memory of training: estimates beside measured peaks, and what fits GPUs.")
-    add = options.flag_group(parser, "measurement")
-    add("--models", options.one_of(*SiT_models), "NAME", "measured (default: SiT-S/2; XL/2, too, on a GPU)", nargs="+")
-    add("--batch-sizes", options.integer(1), "N", "measured", nargs="+", default=[4, 16])
-    add("--image-size", options.integer(16), "PIXELS", "latents are an eighth of it", default=256)
+    parser = command_line.Parser(description="Memory of training: estimates beside measured peaks, and what fits GPUs.")
+    add = command_line.flag_group(parser, "measurement")
+    add("--models", command_line.one_of(*SiT_models), "NAME", "measured (default: SiT-S/2; XL/2, too, on a GPU)", nargs="+")
+    add("--batch-sizes", command_line.integer(1), "N", "measured", nargs="+", default=[4, 16])
+    add("--image-size", command_line.integer(16), "PIXELS", "latents are an eighth of it", default=256)
     add("--json", pathlib.Path, "FILE", "write the figures there, too")
     return parser
 
@@ -88,7 +88,7 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with options.user_errors(parser):
+    with command_line.user_errors(parser):
         if args.json is not None:
             files.check_output("--json", args.json)
         if args.image_size % 8:

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import options  # noqa: E402
 from models import SiT_models  # noqa: E402
+from utils import command_line
 
 LATENT_CHANNELS, DOWNSAMPLING = 4, 8
 
@@ -33,9 +33,9 @@ def measure(name, input_size):
 
 
 def main():
-    parser = options.Parser(description="Print parameters and GFLOPs of every model.")
-    add = options.flag_group(parser, "images")
-    add("--image-size", options.integer(1), "PIXELS", "image size; latents are an eighth of it", default=256)
+    parser = command_line.Parser(description="Print parameters and GFLOPs of every model.")
+    add = command_line.flag_group(parser, "images")
+    add("--image-size", command_line.integer(1), "PIXELS", "image size; latents are an eighth of it", default=256)
     args = parser.parse_args()
     if args.image_size % (DOWNSAMPLING * 8):
         parser.error(f"--image-size {args.image_size} does not divide: it must be a multiple of {DOWNSAMPLING * 8}")

@@ -24,15 +24,18 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import measuring  # noqa: E402
 
-import compute  # noqa: E402
-import costs  # noqa: E402
-import distributed  # noqa: E402
-import files  # noqa: E402
-import latents  # noqa: E402
-import options  # noqa: E402
-import sampling  # noqa: E402
 from models import SiT_models  # noqa: E402
 from transport import Sampler, create_transport  # noqa: E402
+from sampling import draw
+from sampling import flags
+from sampling import guidance
+from sampling import pipeline
+from training import costs
+from utils import command_line
+from utils import distributed
+from utils import files
+from utils import precision
+import vae
 
 INTERVAL = (0.3, 0.8)  # of t
 
@@ -44,7 +47,7 @@ class Row:
     name: str
     precision: str
     compiled: bool = False
-    interval: tuple = sampling.WHOLE
+    interval: tuple = guidance.WHOLE
     official: bool = False
 
 
@@ -65,7 +68,7 @@ class OfficialSampling:
     """The official script's way to draw guided latents, with the noise of this project's images.
 
     Args:
-        how: mode, settings, cfg_scale and seed, as `sampling.draw` takes them.
+        how: mode, settings, cfg_scale and seed, as `draw.draw` takes them.
     """
 
     def __init__(self, pipeline, labels, how):
@@ -75,9 +78,9 @@ class OfficialSampling:
     def __call__(self):
         """Latents (N, C, h, w)."""
         pipeline, how = self.pipeline, self.how
-        compute.resolve_precision(pipeline.precision, pipeline.device, on_gpu="tf32")
+        precision.resolve_precision(pipeline.precision, pipeline.device, on_gpu="tf32")
         model, device, count = pipeline.model, pipeline.device, len(self.labels)
-        noise = sampling.ImageNoise(how["seed"], range(count), device)
+        noise = draw.ImageNoise(how["seed"], range(count), device)
         x = noise.draw((model.in_channels, model.input_size, model.input_size))
         y = torch.tensor(self.labels, device=device)
         y = torch.cat([y, torch.full_like(y, model.num_classes)])
@@ -105,8 +108,8 @@ def random_pipeline(name, input_size, device):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     model = model.to(device).eval().requires_grad_(False)
-    space = latents.PixelSpace(model.in_channels)
-    return sampling.Pipeline(model, create_transport(), space, device, guided_channels=3)
+    space = vae.PixelSpace(model.in_channels)
+    return pipeline.Pipeline(model, create_transport(), space, device, guided_channels=3)
 
 
 def drawing(pipeline, row, labels, how):
@@ -114,12 +117,12 @@ def drawing(pipeline, row, labels, how):
     own = dataclasses.replace(pipeline, model=copy.deepcopy(pipeline.model))
     if row.official:
         return OfficialSampling(own, labels, how)
-    sampling.speed_up(own, row.precision, row.compiled)
+    pipeline.speed_up(own, row.precision, row.compiled)
     more = dict(cfg_interval=row.interval, batch_size=len(labels), show_progress=False)
 
     def draw():
-        compute.resolve_precision(row.precision, pipeline.device, on_gpu="tf32")
-        return sampling.draw(own, labels, **how, **more)[0]
+        precision.resolve_precision(row.precision, pipeline.device, on_gpu="tf32")
+        return draw.draw(own, labels, **how, **more)[0]
 
     return draw
 
@@ -133,11 +136,11 @@ def agreement(pipeline, labels, how, device):
     """Rows of a table: for each solver, how far bf16 and compilation are from this project's plain precision."""
     plain = rows_for(device)[1].precision
     solvers = {
-        "SDE Euler": ("SDE", options.SDE_DEFAULTS),
-        "SDE Heun": ("SDE", options.SDE_DEFAULTS | {"sampling_method": "Heun"}),
-        "ODE euler": ("ODE", options.ODE_DEFAULTS | {"sampling_method": "euler"}),
-        "ODE heun2": ("ODE", options.ODE_DEFAULTS | {"sampling_method": "heun2"}),
-        "ODE dopri5": ("ODE", options.ODE_DEFAULTS),
+        "SDE Euler": ("SDE", flags.SDE_DEFAULTS),
+        "SDE Heun": ("SDE", flags.SDE_DEFAULTS | {"sampling_method": "Heun"}),
+        "ODE euler": ("ODE", flags.ODE_DEFAULTS | {"sampling_method": "euler"}),
+        "ODE heun2": ("ODE", flags.ODE_DEFAULTS | {"sampling_method": "heun2"}),
+        "ODE dopri5": ("ODE", flags.ODE_DEFAULTS),
     }
     num_steps = how["settings"]["num_steps"]
     for solver, (mode, settings) in solvers.items():
@@ -146,7 +149,7 @@ def agreement(pipeline, labels, how, device):
         cells = []
         for row in (Row("bf16", "bf16"), Row("compiled", plain, True), Row("both", "bf16", True)):
             drawn = drawing(pipeline, row, labels, here)()
-            grey = [sampling.decode(pipeline, x).int() for x in (drawn, reference)]
+            grey = [draw.decode(pipeline, x).int() for x in (drawn, reference)]
             off = (grey[0] - grey[1]).abs().float()
             cells.append(f"{difference(drawn, reference):.1e}; {off.mean():.2f}, {off.max():.0f}")
         yield [solver, *cells]
@@ -159,14 +162,14 @@ def halves(pipeline, batch_size, rounds):
     plain = rows_for(device)[1].precision
     for precision in (plain, "bf16"):
         own = dataclasses.replace(pipeline, model=copy.deepcopy(model))
-        sampling.speed_up(own, precision, False)
+        pipeline.speed_up(own, precision, False)
         for count in sorted({1, 4, batch_size}):
             x = torch.randn(2 * count, model.in_channels, model.input_size, model.input_size, device=device)
             t, y = torch.full((1,), 0.5, device=device), torch.zeros(2 * count, dtype=torch.long, device=device)
 
             def call(parts, own=own, precision=precision, x=x, t=t, y=y):
-                compute.resolve_precision(precision, device, on_gpu="tf32")
-                with compute.autocast(device, precision):
+                precision.resolve_precision(precision, device, on_gpu="tf32")
+                with precision.autocast(device, precision):
                     for some, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
                         own.model(some, t, labels)
 
@@ -177,19 +180,19 @@ def halves(pipeline, batch_size, rounds):
 
 
 def build_parser():
-    parser = options.Parser(description="Images per second of guided sampling, from the official recipe to this one.")
-    add = options.flag_group(parser, "measurement")
+    parser = command_line.Parser(description="Images per second of guided sampling, from the official recipe to this one.")
+    add = command_line.flag_group(parser, "measurement")
     names = "SiT-XL/2 on a GPU, SiT-S/2 on a CPU"
-    add("--model", options.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)} (default: {names})")
+    add("--model", command_line.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)} (default: {names})")
     add("--ckpt", str, "PATH", "weights of a checkpoint of train.py, in place of random ones of --model")
-    add("--image-size", options.integer(16), "PIXELS", "latents are an eighth of it (default: 256)")
-    add("--batch-size", options.integer(1), "N", "images at a time (default: 32 on a GPU, 4 on a CPU)")
-    add("--mode", options.one_of("SDE", "ODE"), "SDE|ODE", "SDE: Euler-Maruyama; ODE: heun2", default="SDE")
+    add("--image-size", command_line.integer(16), "PIXELS", "latents are an eighth of it (default: 256)")
+    add("--batch-size", command_line.integer(1), "N", "images at a time (default: 32 on a GPU, 4 on a CPU)")
+    add("--mode", command_line.one_of("SDE", "ODE"), "SDE|ODE", "SDE: Euler-Maruyama; ODE: heun2", default="SDE")
     steps = "time points (default: 250 on a GPU, 5 on a CPU, where an image takes as much longer as it has more steps)"
-    add("--num-sampling-steps", options.integer(2), "N", steps)
-    add("--cfg-scale", options.number(), "S", "guidance scale", default=1.5)
-    add("--rounds", options.integer(1), "N", "rounds over all rows (default: 3 on a GPU, 5 on a CPU)")
-    add("--rows", options.integer(0), "N", "rows to measure, of 0 to 5; the first is always", nargs="+")
+    add("--num-sampling-steps", command_line.integer(2), "N", steps)
+    add("--cfg-scale", command_line.number(), "S", "guidance scale", default=1.5)
+    add("--rounds", command_line.integer(1), "N", "rounds over all rows (default: 3 on a GPU, 5 on a CPU)")
+    add("--rows", command_line.integer(0), "N", "rows to measure, of 0 to 5; the first is always", nargs="+")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--agreement", action="store_true", help="compare precisions for several solvers, not speed")
     instead.add_argument("--halves", action="store_true", help="compare guidance in one batch and in two, no more")
@@ -200,7 +203,7 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with options.user_errors(parser):
+    with command_line.user_errors(parser):
         if args.json is not None:
             files.check_output("--json", args.json)
         if args.ckpt is not None and (args.model is not None or args.image_size is not None):
@@ -215,14 +218,14 @@ def main():
         if args.ckpt is None:
             pipeline = random_pipeline(name, image_size // 8, device)
         else:
-            name, pipeline = args.ckpt, sampling.load_pipeline(args.ckpt, device)
-        if sampling.resolve_cfg_scale(args.cfg_scale, pipeline.model) == 1:
+            name, pipeline = args.ckpt, pipeline.load_pipeline(args.ckpt, device)
+        if guidance.resolve_cfg_scale(args.cfg_scale, pipeline.model) == 1:
             raise ValueError("--cfg-scale 1 is no guidance, and guided sampling is what is measured")
     model = pipeline.model
     num_steps = args.num_sampling_steps or (250 if on_gpu else 5)
-    settings = options.SDE_DEFAULTS
+    settings = flags.SDE_DEFAULTS
     if args.mode == "ODE":
-        settings = options.ODE_DEFAULTS | {"sampling_method": "heun2"}
+        settings = flags.ODE_DEFAULTS | {"sampling_method": "heun2"}
     how = dict(mode=args.mode, settings=settings | {"num_steps": num_steps}, cfg_scale=args.cfg_scale, seed=0)
     batch_size = args.batch_size or (32 if on_gpu else 4)
     labels = [(37 * i) % model.num_classes for i in range(batch_size)]
@@ -255,15 +258,15 @@ def main():
     seconds = measuring.seconds_in_turn(functions, rounds, 1, device)
 
     # Say it.
-    calls = sampling.make_sample_function(
-        pipeline.transport, args.mode, how["settings"], sampling.ImageNoise(0, [], device)
+    calls = draw.make_sample_function(
+        pipeline.transport, args.mode, how["settings"], draw.ImageNoise(0, [], device)
     ).network_calls
     config = dict(SiT_models[name].keywords, input_size=image_size // 8) if args.ckpt is None else None
     base = measuring.median(seconds[rows[0].name])
     figures, lines = {}, []
     for row in rows:
         median = measuring.median(seconds[row.name])
-        rate, whole = batch_size / median, row.interval == sampling.WHOLE
+        rate, whole = batch_size / median, row.interval == guidance.WHOLE
         off = difference(drawn[row.name], drawn[rows[0].name]) if whole else None
         # The matrix products of both halves in every call, whether or not a row computes them.
         flops = config and costs.forward_flops(config) * 2 * calls * rate if whole else None

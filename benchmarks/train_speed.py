@@ -25,16 +25,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import measuring  # noqa: E402
 
-import compute  # noqa: E402
-import costs  # noqa: E402
-import distributed  # noqa: E402
-import files  # noqa: E402
-import latents  # noqa: E402
-import logs  # noqa: E402
-import options  # noqa: E402
-import training  # noqa: E402
 from models import SiT_models  # noqa: E402
 from transport import create_transport  # noqa: E402
+from training import costs
+from training import log
+from training import step
+from utils import command_line
+from utils import distributed
+from utils import files
+from utils import precision
+import vae
 
 PARTS = ("data", "forward", "backward", "optimizer", "average", "loss read")
 LR, DECAY, DROPOUT = 1e-4, 0.9999, 0.1
@@ -83,17 +83,17 @@ class Trainer:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = {
             False: torch.optim.AdamW(trained, lr=LR, weight_decay=0.0),
-            True: training.build_optimizer(model, LR, (0.9, 0.999), 0.0),
+            True: step.build_optimizer(model, LR, (0.9, 0.999), 0.0),
         }
-        self.space = latents.CachedSpace("none", device, torch.float32, 0.18215, 0.0)
+        self.space = vae.CachedSpace("none", device, torch.float32, 0.18215, 0.0)
         self.shape = (model.in_channels, model.input_size, model.input_size)
         self.forwards = {None: model.forward_embedded}
-        compute.compile_training(model, "one process")
+        precision.compile_training(model, "one process")
         self.forwards["model"] = model.forward_embedded
         self.eager_blocks = [block.forward for block in model.blocks]
-        compute.compile_training(model, "fsdp")
+        precision.compile_training(model, "fsdp")
         self.compiled_blocks = [block.forward for block in model.blocks]
-        self.window, self.reader = logs.LossWindow(device), distributed.LateReader(device)
+        self.window, self.reader = log.LossWindow(device), distributed.LateReader(device)
         self.clock = measuring.Clock(device)
 
     def reset(self):
@@ -105,7 +105,7 @@ class Trainer:
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
         self.steps = 0
-        self.batches = training.batches_on_device(self._loader(), self.space, self.device)
+        self.batches = step.batches_on_device(self._loader(), self.space, self.device)
 
     def _loader(self):
         """Moments and labels as `data.make_loader` gives them for cached latents: eight batches, again and again."""
@@ -123,10 +123,10 @@ class Trainer:
 
     def use(self, row):
         """Compute as a row says from here on."""
-        compute.resolve_precision(row.precision, self.device, on_gpu="tf32")
+        precision.resolve_precision(row.precision, self.device, on_gpu="tf32")
         self.model.grad_checkpoint = row.grad_checkpoint
         if row.fused:
-            compute.choose_attention(self.model, self.device, row.precision)
+            precision.choose_attention(self.model, self.device, row.precision)
         else:
             for block in self.model.blocks:
                 block.attn.fused_attn = True  # as timm has it
@@ -141,14 +141,14 @@ class Trainer:
         mark = self.clock.mark
         mark(None)
         content, y, _ = next(self.batches)
-        uniform, drop, x0, noise = training.draw_randomness(
+        uniform, drop, x0, noise = step.draw_randomness(
             0, self.steps, self.batch_size, slice(None), self.shape, self.device
         )
         t, x1 = self.transport.times(uniform), self.space.draw(content, noise)
         mark("data")
 
         def network(x, t, **labels):
-            with compute.autocast(self.device, row.precision):
+            with precision.autocast(self.device, row.precision):
                 output = self.model(x, t, **labels)
             return output.float()
 
@@ -180,9 +180,9 @@ class Trainer:
         mark = self.clock.mark
         record = self.window.record(losses, t)
         loss = self.window.loss(record)
-        norm, bad = training.step_optimizer(self.optimizers[True], loss, LR)
+        norm, bad = step.step_optimizer(self.optimizers[True], loss, LR)
         mark("optimizer")
-        training.update_ema(self.ema, list(self.model.parameters()), DECAY)
+        step.update_ema(self.ema, list(self.model.parameters()), DECAY)
         mark("average")
         self.window.add(record, bad)
         self.reader.push(self.steps, torch.stack([loss, norm.to(loss)]))
@@ -285,16 +285,16 @@ def measure(trainer, rows, rounds, steps):
 
 
 def build_parser():
-    parser = options.Parser(description="Images per second of training, from the official recipe to this project's.")
-    add = options.flag_group(parser, "measurement")
+    parser = command_line.Parser(description="Images per second of training, from the official recipe to this project's.")
+    add = command_line.flag_group(parser, "measurement")
     names = "SiT-XL/2 on a GPU, SiT-S/2 on a CPU"
-    add("--model", options.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)} (default: {names})")
-    add("--image-size", options.integer(16), "PIXELS", "latents are an eighth of it", default=256)
-    add("--batch-size", options.integer(1), "N", "images per step (default: 64 on a GPU, 8 on a CPU)")
-    add("--rounds", options.integer(1), "N", "rounds over all rows", default=5)
-    add("--steps", options.integer(1), "N", "steps of a row in a round (default: 10 on a GPU, 2 on a CPU)")
-    add("--check-steps", options.integer(1), "N", "steps whose losses are compared", default=20)
-    add("--rows", options.integer(0), "N", "rows to measure, of 0 to 5; the first is always", nargs="+")
+    add("--model", command_line.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)} (default: {names})")
+    add("--image-size", command_line.integer(16), "PIXELS", "latents are an eighth of it", default=256)
+    add("--batch-size", command_line.integer(1), "N", "images per step (default: 64 on a GPU, 8 on a CPU)")
+    add("--rounds", command_line.integer(1), "N", "rounds over all rows", default=5)
+    add("--steps", command_line.integer(1), "N", "steps of a row in a round (default: 10 on a GPU, 2 on a CPU)")
+    add("--check-steps", command_line.integer(1), "N", "steps whose losses are compared", default=20)
+    add("--rows", command_line.integer(0), "N", "rows to measure, of 0 to 5; the first is always", nargs="+")
     add("--json", pathlib.Path, "FILE", "write the figures there, too")
     return parser
 
@@ -302,7 +302,7 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args()
-    with options.user_errors(parser):
+    with command_line.user_errors(parser):
         if args.json is not None:
             files.check_output("--json", args.json)
         device = distributed.init()

@@ -15,12 +15,10 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from conftest import TINY
+from test_resume import STEPS, WAYS, contents, curve, finish, kill, train
 
-from conftest import TINY  # noqa: E402
-from test_resume import STEPS, WAYS, contents, curve, finish, kill, train  # noqa: E402
-
-import checkpoint  # noqa: E402
+from utils import checkpoint
 
 
 def main():

@@ -12,11 +12,12 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for the scripts in this folder
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["datasets", "diffusers.models", "sampling", "data", "latents", "yaml", "sklearn.datasets"]
+    ["datasets", "diffusers.models", "sampling.draw", "data.loader", "vae", "yaml", "sklearn.datasets"]
 )
 
 

@@ -7,10 +7,10 @@ import safetensors.torch
 import torch
 from test_models import META, STATE_DICT, tiny
 
-import checkpoint
 import download
-import hub
 from models import SiT, SiT_models
+from utils import checkpoint, hub
+from utils.weights import load_weights, model_config_from_shapes
 
 TRANSPORT = {"path_type": "Linear", "prediction": "velocity"}
 STATE = {"model": META["config"], "transport": TRANSPORT, "latents": {"vae": "none"}}
@@ -26,7 +26,7 @@ def saved(tmp_path):
     optimizer.step()
     optimizer.zero_grad()
     writer = checkpoint.Writer(tmp_path / "run")
-    writer.save(7, model, ema, optimizer, STATE)
+    writer.save(7, model, {"ema": ema}, optimizer, STATE)
     with torch.no_grad():  # what comes after a save has no say in it
         kept = [p.clone() for p in model.parameters()]
         torch._foreach_add_(list(model.parameters()), 1.0)
@@ -59,7 +59,7 @@ def test_training_loads_again(saved):
     folder, model, ema, optimizer = saved
     others = tiny(), tiny()
     other = torch.optim.AdamW([p for p in others[0].parameters() if p.requires_grad], lr=0.5)
-    checkpoint.load_training(folder, *others, other)
+    assert checkpoint.load_training(folder, others[0], {"ema": others[1]}, other) == []
     assert equal(others[0].state_dict(), model.state_dict()) and equal(others[1].state_dict(), ema.state_dict())
     for mine, theirs in zip(
         other.state_dict()["state"].values(), optimizer.state_dict()["state"].values(), strict=True
@@ -82,7 +82,7 @@ FILES = ["model.safetensors", "ema.pt", "optimizer/.metadata", "optimizer/__0_0.
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, name, damage):
     folder, model, ema, optimizer = saved
     writer = checkpoint.Writer(folder.parent)
-    writer.save(9, model, ema, optimizer, STATE)
+    writer.save(9, model, {"ema": ema}, optimizer, STATE)
     assert writer.finish()
     newest = folder.with_name("checkpoint-9")
     checkpoint.check(newest)
@@ -92,9 +92,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, name, d
     assert latest == folder and str(newest if name == "manifest.json" else newest / name) in problem
     if name == "ema.pt":
         with pytest.raises(ValueError, match="ema.pt"):
-            checkpoint.load_weights(newest)
+            load_weights(newest)
         with pytest.warns(UserWarning, match="checkpoint-9.ema.pt.*using.*checkpoint-7"):
-            assert checkpoint.load_weights(folder.parent).path == folder / "ema.pt"
+            assert load_weights(folder.parent).path == folder / "ema.pt"
 
 
 def test_checkpoints_are_kept_by_number_and_by_step(saved):
@@ -103,7 +103,7 @@ def test_checkpoints_are_kept_by_number_and_by_step(saved):
         (folder.parent / leftover).mkdir()
     writer = checkpoint.Writer(folder.parent, keep_last=2, keep_every=10)
     for step in (10, 11, 12, 20, 21, 22):
-        writer.save(step, model, ema, optimizer, STATE)
+        writer.save(step, model, {"ema": ema}, optimizer, STATE)
     assert writer.finish()
     assert sorted(checkpoint.steps(folder.parent)) == [10, 20, 21, 22]
     assert {path.name[:11] for path in folder.parent.iterdir()} == {"checkpoint-"}
@@ -125,28 +125,28 @@ def test_a_failed_write_is_said_and_leaves_what_was_there(saved, where, monkeypa
     monkeypatch.setattr(target, full)
     said = []
     writer = checkpoint.Writer(folder.parent, report=said.append)
-    writer.save(9, model, ema, optimizer, STATE)
+    writer.save(9, model, {"ema": ema}, optimizer, STATE)
     assert not writer.finish()
     assert "checkpoint-9 was not written" in said[0] and "No space left" in said[0]
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-7"]
     checkpoint.check(folder)
     monkeypatch.undo()
-    writer.save(10, model, ema, optimizer, STATE)
+    writer.save(10, model, {"ema": ema}, optimizer, STATE)
     assert writer.finish()
 
 
 def test_ema_first_from_a_run_a_checkpoint_and_its_files(saved):
     folder, model, ema, _ = saved
     for path in (folder.parent, folder, folder / "ema.pt"):
-        weights = checkpoint.load_weights(path)
+        weights = load_weights(path)
         assert weights.own and weights.config == STATE and equal(weights.state_dict, ema.state_dict())
-    assert equal(checkpoint.load_weights(folder / "model.safetensors").state_dict, model.state_dict())
+    assert equal(load_weights(folder / "model.safetensors").state_dict, model.state_dict())
 
 
 def test_the_latest_checkpoint_is_the_one_of_the_highest_step(saved):
     folder, model, ema, optimizer = saved
     writer = checkpoint.Writer(folder.parent)
-    writer.save(100, model, ema, optimizer, STATE)
+    writer.save(100, model, {"ema": ema}, optimizer, STATE)
     assert writer.finish()
     for name in (".checkpoint-200.partial", "checkpoint-300-old", "checkpoint-x"):
         (folder.parent / name).mkdir()
@@ -172,7 +172,7 @@ CONTENTS = {
 @pytest.mark.parametrize("name", CONTENTS)
 def test_pt_files(name, zipped, tmp_path):
     torch.save(CONTENTS[name], tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
-    weights = checkpoint.load_weights(tmp_path / "w.pt")
+    weights = load_weights(tmp_path / "w.pt")
     assert equal(weights.state_dict, STATE_DICT) and not weights.own
     if name == "official":
         assert weights.config["transport"] == {"path_type": "GVP", "prediction": "noise"}
@@ -188,10 +188,10 @@ class Malicious:
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"model": STATE_DICT, "args": Malicious()}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="more than tensors and plain data"):
-        checkpoint.load_weights(tmp_path / "w.pt")
+        load_weights(tmp_path / "w.pt")
     (tmp_path / "p.pt").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(ValueError):
-        checkpoint.load_weights(tmp_path / "p.pt")
+        load_weights(tmp_path / "p.pt")
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
@@ -205,38 +205,38 @@ def test_damaged_files_are_named(name, damage, tmp_path):
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "text": b"not weights", "half": whole[: len(whole) // 2]}[damage])
     with pytest.raises(ValueError, match=name) as error:
-        checkpoint.load_weights(path)
+        load_weights(path)
     assert "\n" not in str(error.value)
 
 
 def test_other_things_are_named(tmp_path):
     with pytest.raises(ValueError, match="no such checkpoint"):
-        checkpoint.load_weights(tmp_path / "nothing.pt")
+        load_weights(tmp_path / "nothing.pt")
     with pytest.raises(ValueError, match="no checkpoint in"):
-        checkpoint.load_weights(tmp_path)
+        load_weights(tmp_path)
     (tmp_path / "text.pt").write_text("q: not weights\n")
     with pytest.raises(ValueError, match="text.pt"):
-        checkpoint.load_weights(tmp_path / "text.pt")
+        load_weights(tmp_path / "text.pt")
     torch.save({1: torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="no state dict"):
-        checkpoint.load_weights(tmp_path / "w.pt")
+        load_weights(tmp_path / "w.pt")
     torch.save({"a": 1}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="no state dict"):
-        checkpoint.load_weights(tmp_path / "w.pt")
+        load_weights(tmp_path / "w.pt")
     with pytest.raises(ValueError, match="not those of a SiT"):
-        checkpoint.model_config_from_shapes({**STATE_DICT, "pos_embed": torch.zeros(3)})
+        model_config_from_shapes({**STATE_DICT, "pos_embed": torch.zeros(3)})
     with pytest.raises(ValueError, match="not those of a SiT"):
-        checkpoint.model_config_from_shapes({k: v for k, v in STATE_DICT.items() if not k.startswith("blocks")})
+        model_config_from_shapes({k: v for k, v in STATE_DICT.items() if not k.startswith("blocks")})
     torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="not of a SiT"):
-        checkpoint.load_weights(tmp_path / "w.pt")
+        load_weights(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("name, arguments", [("SiT-XL/2", {}), ("SiT-S/8", dict(input_size=64, learn_sigma=False))])
 def test_the_architecture_is_read_off_the_shapes(name, arguments):
     with torch.device("meta"):
         model = SiT_models[name](**arguments, num_classes=17, in_channels=5, mlp_ratio=2.0)
-    config = checkpoint.model_config_from_shapes(model.state_dict())
+    config = model_config_from_shapes(model.state_dict())
     with torch.device("meta"):
         again = SiT(**config)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
@@ -245,7 +245,7 @@ def test_the_architecture_is_read_off_the_shapes(name, arguments):
 
 
 def test_an_unknown_width_leaves_the_heads_open():
-    config = checkpoint.model_config_from_shapes(STATE_DICT)
+    config = model_config_from_shapes(STATE_DICT)
     assert config == {key: META["config"][key] for key in config} and "num_heads" not in config
 
 
@@ -276,22 +276,22 @@ def test_released_weights_are_looked_up_in_the_listing(monkeypatch, tmp_path):
         ("SiT-S/2-256", "SiT-S-2-256_orig.pt"),
         ("SiT-XL-2-512.pt", "SiT-XL-2-512.pt"),
     ]:
-        assert download.resolve(name) == tmp_path / file
+        assert hub.resolve(name) == tmp_path / file
         assert fetched[-1] == ("nyu-visionx/SiT-collections", file)
     with pytest.raises(ValueError, match="several files fit.*SiT-XL-2-512.pt, SiT-XL-2-512-copy.pt"):
-        download.resolve("SiT-XL/2-512")
+        hub.resolve("SiT-XL/2-512")
     with pytest.raises(ValueError, match="no file fits.*SiT-B-2-256.pt"):
-        download.resolve("SiT-B/4-256")
+        hub.resolve("SiT-B/4-256")
     for path in ("model.pt", "/home/me/SiT-XL-2-256x256.pt", "results/my-SiT-B-2-256/checkpoint-9"):
         with pytest.raises(ValueError, match=f"no such checkpoint: {path}; give a path"):
-            download.resolve(path)
+            hub.resolve(path)
 
 
 def test_what_is_in_the_cache_needs_no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "cached_files", lambda repository: FILES)
     monkeypatch.setattr(hub, "fetch", lambda repository, filename: tmp_path / filename)
     monkeypatch.setattr(hub, "list_files", lambda repository: pytest.fail("asked the network"))
-    assert download.resolve("SiT-XL/2-256") == tmp_path / "SiT-XL-2-256.pt"
+    assert hub.resolve("SiT-XL/2-256") == tmp_path / "SiT-XL-2-256.pt"
 
 
 def test_without_the_network_the_error_is_one_line(monkeypatch):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import compute
-import costs
 from models import SiT
+from training import costs
+from utils.precision import choose_attention
 
 CPU = torch.device("cpu")
 CONFIG = dict(
@@ -29,7 +29,7 @@ def test_parameters_are_counted_without_making_them():
 def saved_bytes(precision, grad_checkpoint):
     model = SiT(**CONFIG)
     model.grad_checkpoint = grad_checkpoint
-    compute.choose_attention(model, CPU, precision)
+    choose_attention(model, CPU, precision)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -57,7 +57,7 @@ def test_activations_are_what_autograd_keeps(precision):
 
 def test_memory_is_shared_among_shards():
     whole, shared = (costs.training_memory(CONFIG, 8, "bf16", False, shards, CPU) for shards in (1, 4))
-    for part in ("weights", "gradients", "optimizer", "moving average"):
+    for part in ("weights", "gradients", "optimizer", "EMA"):
         assert shared[part] == whole[part] / 4
     assert whole["weights"] == 4 * costs.num_parameters(CONFIG) and shared["activations"] == whole["activations"]
 

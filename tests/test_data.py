@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from distributed import seed_from
+from data import sources
+from data.images import ImageDataset, ImageReader, center_crop
+from data.loader import GlobalBatchSampler, StreamedBatches, make_loader
+from data.sources import Source, open_source
+from utils.distributed import ORDER_STREAM, seed_from
 
 
 def write_images(folder, sizes):
@@ -23,26 +26,26 @@ def write_images(folder, sizes):
 
 
 def test_digits_are_the_real_ones():
-    source = data.open_source("digits")
+    source = open_source("digits")
     assert (len(source.examples), source.num_classes, source.channels, source.image_size) == (1797, 10, 1, 8)
-    dataset = data.ImageDataset(source, 8, 1)
-    image, label, problems = dataset[0, False]
-    assert problems == []
-    assert label == 0 and image.shape == (1, 8, 8) and image.dtype == torch.float32
+    dataset = ImageDataset(source, 8, 1)
+    item = dataset[0, False]
+    image = item.pop("images")
+    assert item == {"y": 0, "problems": []} and image.shape == (1, 8, 8) and image.dtype == torch.float32
     # The first digit's first row, as scikit-learn documents it: 0, 0, 5, 13, 9, 1, 0, 0 of 16.
     torch.testing.assert_close(image[0, 0], torch.tensor([0, 0, 5, 13, 9, 1, 0, 0]) / 8 - 1, atol=0.004, rtol=0)
-    everything = torch.stack([dataset[i, False][0] for i in range(1797)])
+    everything = torch.stack([dataset[i, False]["images"] for i in range(1797)])
     assert everything.min() == -1 and everything.max() == 1
 
 
 def test_class_folders_in_sorted_order(tmp_path):
     write_images(tmp_path, {"n02": [(9, 7)], "n01": [(8, 8), (8, 8)], "n10": [(16, 20)]})
-    source = data.open_source(str(tmp_path))
+    source = open_source(str(tmp_path))
     assert source.num_classes == 3 and source.image_size is None
     assert [label for _, label in source.examples] == [0, 0, 1, 2]
-    image, label, _ = data.ImageDataset(source, 8, 3)[2, False]
-    assert image.shape == (3, 8, 8) and label == 1
-    assert -1 <= image.min() < -0.5 and 0.5 < image.max() <= 1
+    item = ImageDataset(source, 8, 3)[2, False]
+    assert item["images"].shape == (3, 8, 8) and item["y"] == 1
+    assert -1 <= item["images"].min() < -0.5 and 0.5 < item["images"].max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -52,8 +55,8 @@ def test_images_of_any_mode_become_rgb(mode, fill):
     image = Image.new(mode, (8, 8), fill)
     if mode == "P":
         image.putpalette([value for grey in range(256) for value in (grey, grey, grey)])
-    source = data.Source([(image, 0)], np.zeros(1, int), str, num_classes=1, num_examples=1)
-    pixels, _, _ = data.ImageDataset(source, 8, 3)[0, False]
+    source = Source([(image, 0)], np.zeros(1, int), str, num_classes=1, num_examples=1)
+    pixels = ImageDataset(source, 8, 3)[0, False]["images"]
     torch.testing.assert_close(pixels, torch.full((3, 8, 8), 51 / 127.5 - 1), atol=0.01, rtol=0)
 
 
@@ -62,7 +65,7 @@ def test_centre_crop_is_square_centred_and_keeps_the_scale(size):
     # A linear ramp survives box and bicubic filters, so the crop's centre has the ramp's middle value.
     width, height = size
     ramp = np.linspace(0, 255, width)[None, :] * np.ones((height, 1))
-    crop = np.asarray(data.center_crop(Image.fromarray(ramp.astype(np.uint8)), 16)).astype(float)
+    crop = np.asarray(center_crop(Image.fromarray(ramp.astype(np.uint8)), 16)).astype(float)
     assert crop.shape == (16, 16)
     assert crop[:, 7:9].mean() == pytest.approx(127.5, abs=12)
     slope = 255 / (width - 1) * min(size) / 16
@@ -82,21 +85,21 @@ def test_centre_crop_equals_the_adm_recipe(size):
     pixels = np.asarray(resized)
     top, left = (pixels.shape[0] - 16) // 2, (pixels.shape[1] - 16) // 2
     expected = pixels[top : top + 16, left : left + 16]
-    assert np.array_equal(np.asarray(data.center_crop(image, 16)), expected)
+    assert np.array_equal(np.asarray(center_crop(image, 16)), expected)
 
 
 def test_centre_crop_of_the_right_size_changes_nothing():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    assert np.array_equal(np.asarray(data.center_crop(image, 16)), np.asarray(image))
+    assert np.array_equal(np.asarray(center_crop(image, 16)), np.asarray(image))
 
 
 def test_flip_mirrors_left_and_right():
-    dataset = data.ImageDataset(data.open_source("digits"), 8, 1)
-    torch.testing.assert_close(dataset[5, True][0], dataset[5, False][0].flip(-1))
+    dataset = ImageDataset(open_source("digits"), 8, 1)
+    torch.testing.assert_close(dataset[5, True]["images"], dataset[5, False]["images"].flip(-1))
 
 
 def take(count, n=100, batch=24, micro=8, rank=0, world_size=1, seed=0, mirror=True, start=0):
-    sampler = data.GlobalBatchSampler(
+    sampler = GlobalBatchSampler(
         n, batch, micro, seed=seed, rank=rank, world_size=world_size, mirror=mirror, start=start
     )
     return list(itertools.islice(sampler, count))
@@ -132,33 +135,33 @@ def test_a_data_set_smaller_than_the_batch():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_keeps_the_samplers_order(workers):
-    dataset = data.ImageDataset(data.open_source("digits"), 8, 1)
-    sampler = data.GlobalBatchSampler(1797, 24, 8, seed=0, rank=0, world_size=1, mirror=True)
-    loader = data.make_loader(dataset, sampler, workers, torch.device("cpu"))
-    for keys, (images, labels, problems) in zip(itertools.islice(sampler, 6), loader, strict=False):
+    dataset = ImageDataset(open_source("digits"), 8, 1)
+    sampler = GlobalBatchSampler(1797, 24, 8, seed=0, rank=0, world_size=1, mirror=True)
+    batches = make_loader(dataset, sampler, workers, torch.device("cpu"))
+    for keys, batch in zip(itertools.islice(sampler, 6), batches, strict=False):
         expected = [dataset[key] for key in keys]
-        torch.testing.assert_close(images, torch.stack([image for image, _, _ in expected]), rtol=0, atol=0)
-        assert labels.tolist() == [label for _, label, _ in expected]
-        assert not any(problems)
+        torch.testing.assert_close(batch["images"], torch.stack([item["images"] for item in expected]), rtol=0, atol=0)
+        assert batch["y"].tolist() == [item["y"] for item in expected]
+        assert batch["problems"] == [[]] * 8
 
 
 def test_bad_data_paths_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere.*no such data; give 'digits', a folder"):
-        data.open_source(str(tmp_path / "nowhere"))
+        open_source(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no class folders"):
-        data.open_source(str(tmp_path / "nowhere"), "folder")
+        open_source(str(tmp_path / "nowhere"), "folder")
     with pytest.raises(ValueError, match="cannot be read as parquet data: no .parquet files"):
-        data.open_source(str(tmp_path), "parquet")
+        open_source(str(tmp_path), "parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match="broken.parquet' cannot be read as parquet data") as error:
-        data.open_source(str(tmp_path / "broken.parquet"))
+        open_source(str(tmp_path / "broken.parquet"))
     assert "\n" not in str(error.value)
     (tmp_path / "broken.parquet").unlink()
     with pytest.raises(ValueError, match="no class folders"):
-        data.open_source(str(tmp_path))
+        open_source(str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no class folders"):
-        data.open_source(str(tmp_path))
+        open_source(str(tmp_path))
 
 
 def test_seeds_are_spread():
@@ -203,9 +206,9 @@ def same_images(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["parquet", "saved", "dict", "arrow"])
 def test_the_same_images_through_every_format(kind, same_images):
     def contents(path):
-        source = data.open_source(str(path))
+        source = open_source(str(path))
         assert source.num_classes == 5
-        dataset = data.ImageDataset(source, 8, 3)
+        dataset = ImageDataset(source, 8, 3)
         items = [dataset[i, i % 2 == 1] for i in range(len(dataset))]
         return source, items
 
@@ -213,22 +216,22 @@ def test_the_same_images_through_every_format(kind, same_images):
     source, items = contents(same_images[kind])
     assert len(items) == 64
     # Rows are in the order of the images' numbers, class folders in that of the classes.
-    by_name = data.ImageDataset(folder, 8, 3)
+    by_name = ImageDataset(folder, 8, 3)
     position = {folder.name(i).rsplit("/")[-1]: i for i in range(64)}
-    for i, (image, label, problems) in enumerate(items):
-        expected, expected_label, _ = by_name[position[f"{i:02d}.png"], i % 2 == 1]
-        assert torch.equal(image, expected) and label == expected_label and problems == []
-    assert source.labels.tolist() == [label for _, label, _ in items]
+    for i, item in enumerate(items):
+        expected = by_name[position[f"{i:02d}.png"], i % 2 == 1]
+        assert torch.equal(item["images"], expected["images"]) and item["y"] == expected["y"] and item["problems"] == []
+    assert source.labels.tolist() == [item["y"] for item in items]
 
 
 @pytest.mark.parametrize("kind", ["digits", "folder", "parquet", "saved", "dict", "arrow"])
 def test_a_data_set_can_be_sent_to_worker_processes(kind, same_images):
     """Where they are not forked (macOS, Windows, Python 3.14), the data set is pickled."""
-    source = data.open_source(str(same_images.get(kind, kind)))
-    dataset = data.ImageDataset(source, 8, source.channels)
+    source = open_source(str(same_images.get(kind, kind)))
+    dataset = ImageDataset(source, 8, source.channels)
     received = pickle.loads(pickle.dumps(dataset))
     assert len(received) == len(dataset) and received.source.name(7) == source.name(7)
-    assert torch.equal(received[7, True][0], dataset[7, True][0])
+    assert torch.equal(received[7, True]["images"], dataset[7, True]["images"])
 
 
 def test_splits_of_files_and_folders(tmp_path):
@@ -243,82 +246,130 @@ def test_splits_of_files_and_folders(tmp_path):
         table.to_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
         write_images(tmp_path / "imagenet" / split, {"a": [(8, 8)] * count, "b": [(8, 8)]})
     for split, count in ((None, 3), ("train", 3), ("validation", 2), ("test", 1)):
-        assert data.open_source(str(tmp_path / "hub"), split=split).num_examples == count
-        source = data.open_source(str(tmp_path / "imagenet"), split=split)
+        assert open_source(str(tmp_path / "hub"), split=split).num_examples == count
+        source = open_source(str(tmp_path / "imagenet"), split=split)
         assert (source.num_examples, source.num_classes) == (count + 1, 2)
     with pytest.raises(ValueError, match="no split 'dev'; there are test, train, validation"):
-        data.open_source(str(tmp_path / "hub"), split="dev")
+        open_source(str(tmp_path / "hub"), split="dev")
     with pytest.raises(ValueError, match="no split 'dev'; it has"):
-        data.open_source(str(tmp_path / "imagenet"), split="dev")
+        open_source(str(tmp_path / "imagenet"), split="dev")
     with pytest.raises(ValueError, match="--split train has no effect"):
-        data.open_source(str(tmp_path / "imagenet" / "train"), split="train")
+        open_source(str(tmp_path / "imagenet" / "train"), split="train")
 
 
 def test_grey_images_of_sixteen_bits_keep_their_range(tmp_path):
     ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     (tmp_path / "a").mkdir()
     Image.fromarray(ramp).save(tmp_path / "a" / "0.png")
-    pixels, _, problems = data.ImageDataset(data.open_source(str(tmp_path)), 8, 3)[0, False]
+    item = ImageDataset(open_source(str(tmp_path)), 8, 3)[0, False]
     expected = torch.linspace(-1, 1, 64).reshape(1, 8, 8).expand(3, 8, 8)
-    assert problems == []
-    torch.testing.assert_close(pixels, expected, atol=0.006, rtol=0)
+    assert item["problems"] == []
+    torch.testing.assert_close(item["images"], expected, atol=0.006, rtol=0)
     with pytest.raises(ValueError, match="mode F have no range"):
-        data.ImageReader(8, 3, 1).read(lambda: (Image.new("F", (8, 8)), 0), False, "x")
+        ImageReader(8, 3, 1).read(lambda: (Image.new("F", (8, 8)), 0), False, "x")
 
 
-def test_empty_class_folders_stop_or_are_passed_over(tmp_path):
+def test_empty_class_folders_stop_or_are_left_out(tmp_path):
     write_images(tmp_path, {"a": [(8, 8)], "b": [], "c": [(8, 8)]})
     with pytest.raises(ValueError, match="no class folders with images.*b"):
-        data.open_source(str(tmp_path))
-    source = data.open_source(str(tmp_path), skip_bad=True)
+        open_source(str(tmp_path))
+    source = open_source(str(tmp_path), skip_bad_images=True)
     assert source.labels.tolist() == [0, 2] and source.num_classes == 3
     assert len(source.left_out) == 1 and "b, which holds no image" in source.left_out[0]
 
 
-def test_what_is_not_there_is_named_in_a_broken_file(tmp_path, same_images):
+def test_a_truncated_file_is_named(tmp_path, same_images):
     whole = (same_images["parquet"] / "b.parquet").read_bytes()
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "b.parquet").write_bytes(whole[:-50])
     with pytest.raises(ValueError, match="cannot be read as parquet data: .*Parquet"):
-        data.open_source(str(tmp_path / "shards"))
+        open_source(str(tmp_path / "shards"))
 
 
-def test_a_label_that_cannot_be_meant_is_named(tmp_path):
+def test_a_label_of_absurd_size_is_named(tmp_path):
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [1, 2**40]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=f"row 1 of .*label {2**40} is out of range"):
-        data.open_source(str(tmp_path / "t.parquet"))
+        open_source(str(tmp_path / "t.parquet"))
 
 
-def test_a_fingerprint_tells_other_labels_and_names():
+def test_the_fingerprint_depends_on_labels_and_names():
     def of(labels, name="row {}".format):
-        return data.Source([], np.array(labels), name, 3, len(labels)).fingerprint()
+        return Source([], np.array(labels), name, 3, len(labels)).fingerprint()
 
     assert of([0, 1, 2]) == of([0, 1, 2])
     assert len({of([0, 1, 2]), of([0, 2, 1]), of([0, 1]), of([0, 1, 2], "file {}".format)}) == 4
 
 
+def test_data_sets_that_do_not_fit_are_named(monkeypatch):
+    """Mistakes in a function of DATASETS or in what it returns."""
+
+    class Toy(torch.utils.data.Dataset):
+        def __init__(self, image, label, **attributes):
+            self.item = image, label
+            vars(self).update(attributes)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return self.item
+
+    def problem(dataset):
+        monkeypatch.setitem(sources.DATASETS, "toy", lambda: dataset)
+        with pytest.raises(ValueError) as error:
+            ImageDataset(open_source("toy"), 8, 3, 3)[0, False]
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def missing():
+        raise RuntimeError("Dataset not found or corrupted.\nYou can use download=True to download it")
+
+    image = np.zeros((8, 8, 3), np.uint8)
+    assert "an image of floats must be in [0, 1]" in problem(Toy(torch.full((3, 8, 8), -0.5), 0))
+    assert "toy 0: the image cannot be read: 'float' object" in problem(Toy(image, 0.5))
+    assert "toy 0: the label is missing" in problem(Toy(image, None))
+    assert "toy 0: label 3 is out of range" in problem(Toy(image, 3))
+    assert "holds no images that can be read by index" in problem(torch.utils.data.Dataset())
+    assert "`targets` are not one integer per image" in problem(Toy(image, 0, targets=["a", "b"]))
+    assert "`targets` are not one integer per image" in problem(Toy(image, 0, targets=[0]))
+    source = sources.from_dataset(Toy(image, 0, targets=torch.tensor([0, 4])), "toy", channels=1)
+    assert (source.num_classes, source.declares_classes, source.channels) == (5, False, 1)
+    source = sources.from_dataset(Toy(image, 0, targets=[0, 4], classes=list("abcd")), "toy")
+    assert (source.num_classes, source.declares_classes) == (4, True)
+    with pytest.raises(ValueError, match="toy 1: label 4 is out of range; 4 classes"):
+        source.resolve_classes()
+    assert source.resolve_classes(skip_bad=True) == 4
+    with pytest.raises(ValueError, match="--num-classes 5 contradicts the data, which has 4"):
+        source.resolve_classes(5)
+    with pytest.raises(ValueError, match="--num-classes is missing: the data do not say how many"):
+        sources.from_dataset(Toy(image, 0), "toy").resolve_classes()
+    monkeypatch.setitem(sources.DATASETS, "toy", missing)
+    with pytest.raises(ValueError, match="--data-path toy: Dataset not found or corrupted. You can use download=True"):
+        open_source("toy")
+
+
 def test_splits_and_columns_are_named(same_images):
-    assert len(data.open_source(str(same_images["dict"]), split="test").examples) == 1
+    assert len(open_source(str(same_images["dict"]), split="test").examples) == 1
     with pytest.raises(ValueError, match="no split 'val'; there are train, test"):
-        data.open_source(str(same_images["dict"]), split="val")
+        open_source(str(same_images["dict"]), split="val")
     with pytest.raises(ValueError, match="--image-key 'img'.*it has image, label"):
-        data.open_source(str(same_images["saved"]), image_key="img")
+        open_source(str(same_images["saved"]), image_key="img")
     with pytest.raises(ValueError, match="--label-key 'y'.*it has image, label"):
-        data.open_source(str(same_images["saved"]), label_key="y")
+        open_source(str(same_images["saved"]), label_key="y")
     with pytest.raises(ValueError, match="labels must be integers"):
-        data.open_source(str(same_images["saved"]), label_key="image")
+        open_source(str(same_images["saved"]), label_key="image")
     with pytest.raises(ValueError, match="has no images there"):
-        data.open_source(str(same_images["saved"]), image_key="label")
+        open_source(str(same_images["saved"]), image_key="label")
 
 
 def test_a_hub_name_without_the_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="ILSVRC/imagenet-1k.*cannot fetch") as error:
-        data.open_source("ILSVRC/imagenet-1k")
+        open_source("ILSVRC/imagenet-1k")
     assert "\n" not in str(error.value)
 
 
@@ -331,32 +382,30 @@ def bad_folder(root):
     return root
 
 
-def test_bad_images_are_passed_over_and_named(tmp_path):
-    source = data.open_source(str(bad_folder(tmp_path)))
-    dataset = data.ImageDataset(source, 8, 3)
-    problems = [dataset[i, False][2] for i in range(7)]
+def test_bad_images_are_replaced_and_named(tmp_path):
+    source = open_source(str(bad_folder(tmp_path)))
+    dataset = ImageDataset(source, 8, 3)
+    problems = [dataset[i, False]["problems"] for i in range(7)]
     assert [len(lines) for lines in problems] == [0, 1, 0, 0, 0, 1, 0]
     assert "a/1.png: the image cannot be read" in problems[1][0]
     assert "b/2.png: the image cannot be read" in problems[5][0]
-    assert torch.equal(dataset[1, False][0], dataset[2, False][0]) and dataset[5, False][1] == 1
+    assert torch.equal(dataset[1, False]["images"], dataset[2, False]["images"]) and dataset[5, False]["y"] == 1
 
 
 def test_bad_labels_are_named():
     image = Image.new("RGB", (8, 8))
     labels = np.array([0, 3, -1, 1])
-    source = data.Source(
-        [(image, int(label)) for label in labels], labels, "row {}".format, num_classes=4, num_examples=4
-    )
+    source = Source([(image, int(label)) for label in labels], labels, "row {}".format, num_classes=4, num_examples=4)
     with pytest.raises(ValueError, match="row 2: the label is missing; 4 classes have the labels 0 to 3"):
-        source.check_labels(4)
+        source.resolve_classes(4)
     with pytest.raises(ValueError, match="row 1: label 3 is out of range; 2 classes have the labels 0 to 1"):
-        source.check_labels(2)
-    assert data.ImageDataset(source, 8, 3)[2, False][2] == [
+        source.resolve_classes(2)
+    assert ImageDataset(source, 8, 3)[2, False]["problems"] == [
         "row 2: the label is missing; 4 classes have the labels 0 to 3"
     ]
-    nothing = data.Source([(None, 0)] * 2, np.zeros(2, int), "row {}".format, num_classes=1, num_examples=2)
+    nothing = Source([(None, 0)] * 2, np.zeros(2, int), "row {}".format, num_classes=1, num_examples=2)
     with pytest.raises(ValueError, match="not one of 2 examples in a row is good; the first: row 1"):
-        data.ImageDataset(nothing, 8, 3)[1, False]
+        ImageDataset(nothing, 8, 3)[1, False]
 
 
 def test_missing_labels_in_a_table(tmp_path):
@@ -366,29 +415,29 @@ def test_missing_labels_in_a_table(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict({"image": [image] * 3, "label": [0, None, 6]}, features=features)
     table.to_parquet(tmp_path / "t.parquet")
-    source = data.open_source(str(tmp_path / "t.parquet"))
+    source = open_source(str(tmp_path / "t.parquet"))
     assert source.num_classes == 7
     with pytest.raises(ValueError, match="row 1 of .*t.parquet: the label is missing"):
-        source.check_labels(7)
+        source.resolve_classes(7)
 
 
 def stream_batches(path, workers, *, count, **changes):
-    """`count` micro batches of a stream, without the shuffling buffer's help to look alike."""
+    """Return the first `count` micro-batches of a stream."""
     settings = dict(seed=0, rank=0, world_size=1, mirror=True) | changes
-    source = data.open_source(str(path), streaming=True)
+    source = open_source(str(path), streaming=True)
     batch, micro, classes = settings.pop("batch", 24), settings.pop("micro", 8), settings.pop("classes", 5)
-    sampler = data.GlobalBatchSampler(None, batch, micro, **settings)
-    dataset = data.StreamedBatches(source, data.ImageReader(8, 3, classes), sampler, workers)
-    return list(itertools.islice(data.make_loader(dataset, None, workers, torch.device("cpu")), count))
+    sampler = GlobalBatchSampler(None, batch, micro, **settings)
+    dataset = StreamedBatches(source, ImageReader(8, 3, classes), sampler, workers)
+    return list(itertools.islice(make_loader(dataset, None, workers, torch.device("cpu")), count))
 
 
-def fingerprint(images):
-    return [hash(image.numpy().tobytes()) for image in images]
+def hashes(batch):
+    return [hash(image.numpy().tobytes()) for image in batch["images"]]
 
 
 def test_a_stream_s_buffer_is_shuffled_and_passes_every_row(same_images, monkeypatch):
-    monkeypatch.setattr(data, "SHUFFLE_BUFFER", 10)
-    source = data.open_source(str(same_images["parquet"]), streaming=True)
+    monkeypatch.setattr(sources, "SHUFFLE_BUFFER", 10)
+    source = open_source(str(same_images["parquet"]), streaming=True)
     orders = [[name for name, _ in source.examples(seed)] for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
     expected = {f"{i} of file 0" for i in range(40)} | {f"{i} of file 1" for i in range(24)}
@@ -398,34 +447,28 @@ def test_a_stream_s_buffer_is_shuffled_and_passes_every_row(same_images, monkeyp
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_stream_has_the_same_images_and_labels(kind, same_images):
-    source = data.open_source(str(same_images[kind]))
-    dataset = data.ImageDataset(source, 8, 3)
-    expected = {
-        (hash(dataset[i, flip][0].numpy().tobytes()), dataset[i, flip][1]) for i in range(64) for flip in (0, 1)
-    }
+    source = open_source(str(same_images[kind]))
+    dataset = ImageDataset(source, 8, 3)
+    items = [dataset[i, flip] for i in range(64) for flip in (0, 1)]
+    expected = {(hash(item["images"].numpy().tobytes()), item["y"]) for item in items}
     batches = stream_batches(same_images[kind], 0, count=16)  # two epochs of 64
-    seen = [
-        (f, label)
-        for images, labels, _ in batches
-        for f, label in zip(fingerprint(images), labels.tolist(), strict=True)
-    ]
+    seen = [pair for batch in batches for pair in zip(hashes(batch), batch["y"].tolist(), strict=True)]
     assert set(seen) <= expected and len(seen) == 128
     assert seen[:64] != seen[64:]
-    unflipped = stream_batches(same_images[kind], 0, count=16, mirror=False)
-    both = [fingerprint(images) for images, _, _ in unflipped]
+    both = [hashes(batch) for batch in stream_batches(same_images[kind], 0, count=16, mirror=False)]
     assert sorted(sum(both[:8], [])) == sorted(sum(both[8:], [])) == sorted({f for b in both for f in b})
 
 
 def test_a_stream_s_order_does_not_depend_on_workers_ranks_or_restarts(same_images):
     path = same_images["parquet"]
-    one = sum((fingerprint(images) for images, _, _ in stream_batches(path, 0, count=9)), [])
-    assert one == sum((fingerprint(images) for images, _, _ in stream_batches(path, 4, count=9)), [])
-    later = stream_batches(path, 0, count=3, start=2 * 24)
-    assert sum((fingerprint(images) for images, _, _ in later), []) == one[48:]
-    ranks = [
-        [fingerprint(images) for images, _, _ in stream_batches(path, 0, count=3, micro=12, rank=r, world_size=2)]
-        for r in range(2)
-    ]
+
+    def order(workers=0, count=9, **changes):
+        return [hashes(batch) for batch in stream_batches(path, workers, count=count, **changes)]
+
+    one = sum(order(), [])
+    assert one == sum(order(workers=4), [])
+    assert sum(order(count=3, start=2 * 24), []) == one[48:]
+    ranks = [order(count=3, micro=12, rank=rank, world_size=2) for rank in range(2)]
     assert sum((ranks[0][step] + ranks[1][step] for step in range(3)), []) == one
 
 
@@ -438,19 +481,19 @@ def test_bad_rows_of_a_stream_are_named(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     table = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 7, 2]}, features=features)
     table.to_parquet(tmp_path / "t.parquet")
-    ((images, labels, problems),) = stream_batches(tmp_path / "t.parquet", 0, count=1, batch=4, micro=4)
-    lines = sorted(itertools.chain(*problems))
+    (batch,) = stream_batches(tmp_path / "t.parquet", 0, count=1, batch=4, micro=4)
+    lines = sorted(itertools.chain(*batch["problems"]))
     assert len(lines) == 2
     assert "row 2 of file 0 of" in lines[0] and "label 7 is out of range" in lines[0]
     assert "row 3 of file 0 of" in lines[1] and "the image cannot be read" in lines[1]
-    assert images.shape == (4, 3, 8, 8) and set(labels.tolist()) == {0, 1}
-    source = data.open_source(str(tmp_path / "t.parquet"), streaming=True)
+    assert batch["images"].shape == (4, 3, 8, 8) and set(batch["y"].tolist()) == {0, 1}
+    source = open_source(str(tmp_path / "t.parquet"), streaming=True)
     assert source.num_classes is None and source.num_examples is None
     with pytest.raises(ValueError, match="--streaming is for data of the kinds parquet, arrow, hub"):
-        data.open_source("digits", streaming=True)
+        open_source("digits", streaming=True)
 
 
-def test_a_stream_passes_over_micro_batches_that_are_all_bad(tmp_path):
+def test_a_stream_replaces_micro_batches_that_are_all_bad(tmp_path):
     import datasets
 
     buffer = io.BytesIO()
@@ -461,20 +504,20 @@ def test_a_stream_passes_over_micro_batches_that_are_all_bad(tmp_path):
         tmp_path / "t.parquet"
     )
     batches = stream_batches(tmp_path / "t.parquet", 0, count=16, micro=1, batch=1, classes=8)
-    problems = [line for *_, lines in batches for place in lines for line in place]
+    problems = [line for batch in batches for place in batch["problems"] for line in place]
     assert len(problems) == 6 and all("cannot be read" in line for line in problems)
-    assert all(labels.item() not in (2, 3, 7) for _, labels, _ in batches)
+    assert all(batch["y"].item() not in (2, 3, 7) for batch in batches)
 
 
-def test_a_stream_is_restored_without_reading_the_epochs_before(same_images, monkeypatch):
-    source = data.open_source(str(same_images["parquet"]), streaming=True)
+def test_a_stream_resumes_without_reading_earlier_epochs(same_images, monkeypatch):
+    source = open_source(str(same_images["parquet"]), streaming=True)
     source.num_examples = 64
     opened = []
     examples = source.examples
     source.examples = lambda seed: opened.append(seed) or examples(seed)
-    sampler = data.GlobalBatchSampler(None, 16, 16, seed=0, rank=0, world_size=1, mirror=True, start=64 * 5 + 16)
-    loader = data.StreamedBatches(source, data.ImageReader(8, 3, 5), sampler, 0)
-    images = next(iter(loader))[0]
-    assert opened == [seed_from(0, data.ORDER_STREAM, 5)]
+    sampler = GlobalBatchSampler(None, 16, 16, seed=0, rank=0, world_size=1, mirror=True, start=64 * 5 + 16)
+    stream = StreamedBatches(source, ImageReader(8, 3, 5), sampler, 0)
+    images = next(iter(stream))["images"]
+    assert opened == [seed_from(0, ORDER_STREAM, 5)]
     sampler.start, source.num_examples = 0, None  # through all epochs, as a run that was not stopped
-    assert torch.equal(next(itertools.islice(iter(loader), 21, None))[0], images)
+    assert torch.equal(next(itertools.islice(iter(stream), 21, None))["images"], images)

@@ -1,4 +1,4 @@
-"""evaluate.py and the figures of metrics.py, held to closed forms and to what ADM's suite printed."""
+"""evaluate.py, its metrics and the monitor of training, compared with closed forms and with ADM's own suite."""
 
 import json
 import pathlib
@@ -10,11 +10,14 @@ import torch
 import torchvision
 from conftest import GOLDEN
 from PIL import Image
-from test_options import fail
+from test_command_line import fail
 
 import evaluate
-import metrics
-from images import ImageBatches
+from evaluation import inception, metrics
+from evaluation.images import ImageBatches
+from evaluation.monitor import Monitor
+
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------------------------------------- metrics
 
@@ -47,7 +50,7 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     assert distance == pytest.approx(2 - 2 * np.cos(angle), rel=1e-9)
 
 
-def test_moments_in_batches_are_numpy_s():
+def test_moments_of_batches_equal_numpy_s():
     rows = np.random.default_rng(0).standard_normal((101, 7)) * 3 + 1000
     accumulated = metrics.Moments(7)
     for start in range(0, 101, 13):
@@ -70,12 +73,12 @@ def test_inception_score_of_known_distributions():
 
 
 def test_precision_and_recall_of_points_on_a_line():
-    """Reference 0 ... 9: the ball about each reaches three to its side. Samples 0, 1, 2, 3 and six far away."""
+    """Reference 0 ... 9: the ball about each reaches to its third neighbour. Samples 0, 1, 2, 3 and six far away."""
     reference = torch.arange(10.0)[:, None]
     samples = torch.cat([torch.arange(4.0), 1000 + 100 * torch.arange(6.0)])[:, None]
     precision, recall = metrics.precision_and_recall(reference, samples, block=3)
     assert precision == 0.4
-    # The balls about the samples 0 to 3 reach 3, 2, 2 and 3 far: to 6 and no further; those far away not so far.
+    # The balls about the samples 0 to 3 have the radii 3, 2, 2 and 3 and reach up to 6; those far away reach nothing.
     assert recall == 0.7
     assert metrics.precision_and_recall(reference, reference) == (1.0, 1.0)
 
@@ -122,39 +125,47 @@ def weights_file(tmp_path_factory):
     return path
 
 
-def test_adm_s_figures(weights_file, tmp_path, monkeypatch, capsys):
+def test_metrics_equal_those_of_adm_s_suite(weights_file, tmp_path, monkeypatch, capsys):
     expected = json.loads((GOLDEN / "evaluator.json").read_text())
     np.savez(tmp_path / "reference.npz", arr_0=block_images(96, 1, 30))
     np.savez_compressed(tmp_path / "sample.npz", arr_0=block_images(128, 2, 40), arr_1=np.arange(128))
     files = [tmp_path / "sample.npz", "--reference", tmp_path / "reference.npz", "--json", tmp_path / "out.json"]
     out = evaluated(monkeypatch, capsys, *files, "--inception-weights", weights_file, "--batch-size", 48)
-    figures = json.loads((tmp_path / "out.json").read_text())
+    results = json.loads((tmp_path / "out.json").read_text())
     for key in ("fid", "sfid", "inception_score"):
-        assert figures[key] == pytest.approx(expected[key], rel=1e-4)
+        assert results[key] == pytest.approx(expected[key], rel=1e-4)
     for key in ("precision", "recall"):
-        assert figures[key] == pytest.approx(expected[key], abs=0.002)
-    assert (figures["n_samples"], figures["n_reference"], figures["weights_verified"]) == (128, 96, False)
-    assert len(figures["weights_sha256"]) == len(figures["reference_sha256"]) == 64
+        assert results[key] == pytest.approx(expected[key], abs=0.002)
+    assert (results["n_samples"], results["n_reference"], results["weights_verified"]) == (128, 96, False)
+    assert len(results["weights_sha256"]) == len(results["reference_sha256"]) == 64
     assert "not comparable" in out and "weights are not the published ones" in out and "128 samples" in out
 
 
 def test_statistics_as_reference_and_grey_images(weights_file, tmp_path, monkeypatch, capsys):
-    """Statistics of the samples themselves: distance 0 but for rounding; nothing to take precision and recall from."""
-    images = block_images(8, 3, 20, size=24)[..., :1]
-    network, _ = evaluate.load_inception(weights_file, torch.device("cpu"))
+    """Statistics of the samples themselves: distance 0 up to rounding, and no images for precision and recall."""
+    images = block_images(4, 3, 20, size=24)[..., :1]
+    network, _ = inception.load_inception(weights_file, CPU)
     np.savez(tmp_path / "s.npz", arr_0=images)
-    batches = ImageBatches(tmp_path / "s.npz")
-    _, _, (mu, sigma), (mu_s, sigma_s) = evaluate.features(network, batches, 3, torch.device("cpu"))
-    np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    *_, statistics = inception.features(network, ImageBatches(tmp_path / "s.npz"), 3, CPU)
+    np.savez(tmp_path / "stats.npz", **statistics)
     words = [tmp_path / "s.npz", "--reference", tmp_path / "stats.npz", "--inception-weights", weights_file]
     out = evaluated(monkeypatch, capsys, *words, "--json", tmp_path / "out.json")
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert abs(figures["fid"]) < 1e-4 and abs(figures["sfid"]) < 1e-4
-    assert figures["precision"] is None and figures["n_reference"] is None
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert abs(results["fid"]) < 1e-4 and abs(results["sfid"]) < 1e-4
+    assert results["precision"] is None and results["n_reference"] is None
     assert "needs images in the reference" in out
+    # The monitor of training compares the same moments; their distance takes seconds, and is tested above.
+    monkeypatch.setattr("evaluation.monitor.frechet_distance", lambda *moments: moments)
+    reference = ImageBatches(tmp_path / "stats.npz", may_be_statistics=True)
+    measured = Monitor(reference, (72, 72, 3), weights_file, CPU).metrics(images)
+    mean, covariance, *of_reference = measured.pop("fid")
+    np.testing.assert_allclose(mean, of_reference[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(covariance, of_reference[1], rtol=1e-5, atol=1e-6)
+    caveats = ["Inception's weights are not the published ones", "4 samples, not 50000"]
+    assert measured == {"n_samples": 4, "weights_verified": False, "caveats": caveats}
 
 
-def test_pixels_have_a_figure_and_a_floor_of_their_own(tmp_path, monkeypatch, capsys):
+def test_pixel_metrics_for_any_batch_size(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     real = rng.integers(0, 256, (400, 4, 4, 1), dtype=np.uint8)
     folder = tmp_path / "real"
@@ -163,12 +174,17 @@ def test_pixels_have_a_figure_and_a_floor_of_their_own(tmp_path, monkeypatch, ca
         Image.fromarray(image[..., 0]).save(folder / f"{i:04d}.png")
     np.savez(tmp_path / "s.npz", arr_0=real[::-1] // 2)
     words = [tmp_path / "s.npz", "--reference", folder, "--features", "pixels", "--json", tmp_path / "out.json"]
-    out = evaluated(monkeypatch, capsys, *words)
-    figures = json.loads((tmp_path / "out.json").read_text())
     rows = [x.reshape(len(x), -1) / 255 for x in (real[::-1] // 2, real, real[::2], real[1::2])]
     expected = [metrics.frechet_distance(*metrics.moments(a), *metrics.moments(b)) for a, b in (rows[:2], rows[2:])]
-    assert [figures["fd_pixels"], figures["fd_pixels_floor"]] == pytest.approx(expected, rel=1e-9)
-    assert "fid" not in figures and "fd_pixels " in out and "\nfid" not in out
+    for batch_size in (64, 1, 7):
+        out = evaluated(monkeypatch, capsys, *words, "--batch-size", batch_size)
+        results = json.loads((tmp_path / "out.json").read_text())
+        assert [results["fd_pixels"], results["fd_pixels_floor"]] == pytest.approx(expected, rel=1e-9)
+        assert "fid" not in results and "fd_pixels " in out and "\nfid" not in out
+    monitor = Monitor((real[start : start + 9] for start in range(0, 400, 9)), (4, 4, 1), None, CPU)
+    assert monitor.metrics(real[::-1] // 2) == {"fd_pixels": pytest.approx(expected[0], rel=1e-9), "n_samples": 400}
+    with pytest.raises(ValueError, match="real does not hold images of"):
+        Monitor(ImageBatches(folder), (4, 4, 3), None, CPU)
 
 
 def test_a_folder_of_grey_and_coloured_images_is_coloured(tmp_path):
@@ -227,13 +243,13 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
         assert name in message(name)
     assert "in Fortran's order" in message("fortran.npz")
     assert "one.npz: a covariance needs two images or more, not 1" in message("one.npz")
-    assert "Inception's are (2048,) and (2048, 2048)" in message("good.npz", "scalar.npz")
-    assert "mu and sigma are (3,) and (3, 3)" in message("good.npz", "three.npz")
-    assert "mu or sigma is not finite" in message("good.npz", "nan.npz")
+    assert "mu has the shape (); Inception's has (2048,)" in message("good.npz", "scalar.npz")
+    assert "mu has the shape (3,)" in message("good.npz", "three.npz")
+    assert "mu is not finite" in message("good.npz", "nan.npz")
     assert "the folder holds no images" in message("empty")
-    assert "samples are (12, 12, 3), and the reference holds images of (6, 6, 3)" in message("good.npz", "small.npz")
+    assert "samples are (12, 12, 3), and reference images (6, 6, 3)" in message("good.npz", "small.npz")
     words = ["good.npz", "good.npz", "--json"]
-    assert "would be written over what is read" in message(*words, tmp_path / "good.npz")
+    assert "is an input; it would be overwritten" in message(*words, tmp_path / "good.npz")
     assert "is a folder" in message(*words, tmp_path / "empty")
     assert "cannot" in message(*words, "/proc/x.json") or "No such file" in message(*words, "/proc/x.json")
     assert whole == (tmp_path / "good.npz").read_bytes()

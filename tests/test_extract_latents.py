@@ -11,10 +11,13 @@ import torch
 from conftest import TINY, read_metrics
 from diffusers import AutoencoderKL
 from processes import Script, run
+from test_command_line import fail
 from test_data import bad_folder, write_images
 
-import data
-import latents
+from data.images import ImageDataset
+from data.loader import GlobalBatchSampler, make_loader
+from data.sources import open_source
+from vae import LatentSpace
 
 SIZES = {"cat": [(20, 17)] * 9, "dog": [(16, 40)] * 8, "fox": [(16, 16), (33, 31)] * 3}
 
@@ -48,20 +51,19 @@ def contents(folder):
 
 
 def test_shards_hold_the_posteriors_of_images_and_mirror_images(images, vae, cached):
-    latent_data = data.open_source(str(cached))
-    source = data.open_source(str(images))
+    latent_data = open_source(str(cached))
+    source = open_source(str(images))
     model = AutoencoderKL.from_pretrained(vae)
-    pixels = data.ImageDataset(source, 16, 3)
+    pixels = ImageDataset(source, 16, 3)
     assert len(latent_data) == len(pixels) == 23 and latent_data.num_classes == 3
     for index in range(23):
         for flip in (False, True):
-            moments, label, problems = latent_data[index, flip]
-            image, expected_label, _ = pixels[index, flip]
+            item, image = latent_data[index, flip], pixels[index, flip]
             with torch.no_grad():
-                posterior = model.encode(image[None]).latent_dist
+                posterior = model.encode(image["images"][None]).latent_dist
             expected = torch.cat([posterior.mean, posterior.std])
-            torch.testing.assert_close(moments, expected, atol=1e-5, rtol=1e-4)
-            assert label == expected_label and problems == []
+            torch.testing.assert_close(item.pop("moments"), expected, atol=1e-5, rtol=1e-4)
+            assert item == {"y": image["y"], "problems": []}
 
 
 def test_training_from_latents_is_training_from_images(images, vae, cached, tmp_path):
@@ -83,16 +85,16 @@ def test_training_from_latents_is_training_from_images(images, vae, cached, tmp_
 
 
 def test_cached_latents_can_be_sent_to_worker_processes(cached):
-    latent_data = data.open_source(str(cached))
-    expected = latent_data[11, True][0]
-    assert torch.equal(pickle.loads(pickle.dumps(latent_data))[11, True][0], expected)
+    latent_data = open_source(str(cached))
+    expected = latent_data[11, True]["moments"]
+    assert torch.equal(pickle.loads(pickle.dumps(latent_data))[11, True]["moments"], expected)
 
 
 def test_draws_have_the_posteriors_mean_and_deviation(cached, vae):
-    latent_data = data.open_source(str(cached))
-    space = latents.CachedSpace(str(vae), "cpu", torch.float32, latent_data.scale, latent_data.shift)
-    moments = latent_data[3, True][0]
-    draws = space.encode(moments.expand(4000, *moments.shape))
+    latent_data = open_source(str(cached))
+    space = LatentSpace(str(vae), "cpu", scale=latent_data.scale, shift=latent_data.shift)
+    moments = latent_data[3, True]["moments"]
+    draws = space.sample(moments.expand(4000, *moments.shape))
     mean, std = moments
     torch.testing.assert_close(draws.mean(0), (mean - 0.2) * 0.7, atol=0.06, rtol=0.05)
     torch.testing.assert_close(draws.std(0), std * 0.7, atol=0.01, rtol=0.1)
@@ -126,8 +128,8 @@ def flip_byte(path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_shard_that_was_damaged_since_is_made_anew(finished, images, vae, cached, tmp_path):
-    """Extraction, run again, holds shards to what it wrote, not to what it finds."""
+def test_a_damaged_shard_is_written_again(finished, images, vae, cached, tmp_path):
+    """Extraction, run again, compares shards with what it recorded when it wrote them."""
     for name, content in contents(cached).items():
         (tmp_path / name).write_bytes(content)
     shards = json.loads((cached / "manifest.json").read_text())["shards"]
@@ -139,21 +141,47 @@ def test_a_shard_that_was_damaged_since_is_made_anew(finished, images, vae, cach
     (tmp_path / ".settings.json.partial").write_text("{")  # what a kill can leave
     result = run(*arguments(images, vae, tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "shard-00002.safetensors is damaged, and is made anew" in result.stdout and "5 images in" in result.stdout
+    assert "shard-00002.safetensors is damaged" in result.stdout and "it is written again" in result.stdout
+    assert "5 images in" in result.stdout
     (tmp_path / ".settings.json.partial").unlink()
     assert contents(tmp_path) == contents(cached)
 
 
-def test_what_extraction_was_begun_with_is_held_to(vae, tmp_path):
-    """Another label column, or other files of the same number, would mix two data sets without a word."""
+def test_other_settings_or_other_data_are_refused(vae, tmp_path):
+    """Another label column, or as many other files, would silently mix two data sets."""
     images = write_images(tmp_path / "images", {"a": [(16, 16)] * 3, "b": [(16, 16)] * 3})
     assert run(*arguments(images, vae, tmp_path / "out")).returncode == 0
     for flags in (["--label-key", "other"], ["--image-key", "other"]):
         result = run(*arguments(images, vae, tmp_path / "out"), *flags)
-        assert result.returncode == 2 and "was begun with" in result.stderr
+        assert result.returncode == 2 and "made with" in result.stderr
     (images / "a" / "0.png").rename(images / "b" / "9.png")
     result = run(*arguments(images, vae, tmp_path / "out"))
-    assert result.returncode == 2 and "was begun with names_and_labels" in result.stderr
+    assert result.returncode == 2 and "made with names_and_labels" in result.stderr
+
+
+def test_cropped_images_are_stored_on_request(images, vae, cached, tmp_path):
+    """For losses that read them beside the latents: the pixels that training on images reads, to the bit."""
+    with pytest.raises(ValueError, match="stores no images; .*--keep-images"):
+        open_source(str(cached)).require_images()
+    result = run(*arguments(images, vae, tmp_path), "--keep-images")
+    assert result.returncode == 0, result.stderr
+    latents, plain, pixels = (
+        open_source(str(tmp_path)),
+        open_source(str(cached)),
+        ImageDataset(open_source(str(images)), 16, 3),
+    )
+    assert torch.equal(latents[3, True]["moments"], plain[3, True]["moments"]) and "images" not in latents[3, True]
+    latents.require_images()
+    for index in (0, 4, 5, 22):
+        for flip in (False, True):
+            assert torch.equal(latents[index, flip]["images"], pixels[index, flip]["images"])
+    sampler = GlobalBatchSampler(23, 6, 6, seed=0, rank=0, world_size=1, mirror=True)
+    batch = next(make_loader(latents, sampler, 0, torch.device("cpu")))
+    assert batch["images"].shape == (6, 3, 16, 16) and batch["moments"].shape == (6, 2, 4, 8, 8)
+    result = run(*arguments(images, vae, tmp_path))
+    assert result.returncode == 2 and "made with keep_images True" in result.stderr
+    result = run(*arguments(images, vae, cached), "--keep-images")
+    assert result.returncode == 2 and "made with keep_images None, not True" in result.stderr
 
 
 def test_digits_are_not_mirrored_from_latents_either(vae, tmp_path):
@@ -163,7 +191,7 @@ def test_digits_are_not_mirrored_from_latents_either(vae, tmp_path):
     script[script.index("--image-size") + 1] = 8
     result = run(*script)
     assert result.returncode == 0, result.stderr
-    assert data.open_source(str(tmp_path)).mirrors is False
+    assert open_source(str(tmp_path)).mirrors is False
 
 
 @pytest.mark.parametrize("change", [{"shards": []}, {"scale": "x"}, {"latent_size": 0}, {"num_classes": None}])
@@ -173,10 +201,10 @@ def test_a_manifest_that_makes_no_sense_is_named(change, cached, tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text()) | change
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="manifest.json"):
-        data.open_source(str(tmp_path))
+        open_source(str(tmp_path))
 
 
-def test_damaged_shards_are_passed_over_on_request(cached, tmp_path):
+def test_damaged_shards_are_left_out_on_request(cached, tmp_path):
     for name, content in contents(cached).items():
         (tmp_path / name).write_bytes(content)
     flip_byte(tmp_path / "shard-00001.safetensors")
@@ -188,9 +216,10 @@ def test_damaged_shards_are_passed_over_on_request(cached, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "left out" in result.stdout and "shard-00001.safetensors is damaged" in result.stdout
     assert read_metrics(tmp_path / "b")[-1]["bad_images"] == 1
-    latent_data = data.open_source(str(tmp_path), skip_bad=True)
-    whole = data.open_source(str(cached))
-    assert len(latent_data) == 18 and torch.equal(latent_data[5, False][0], whole[10, False][0])
+    latent_data = open_source(str(tmp_path), skip_bad_images=True)
+    whole = open_source(str(cached))
+    assert len(latent_data) == 18
+    assert torch.equal(latent_data[5, False]["moments"], whole[10, False]["moments"])
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "shorter", "missing", "manifest"])
@@ -207,7 +236,7 @@ def test_damage_is_named(damage, cached, tmp_path):
     else:
         (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="manifest.json is damaged" if damage == "manifest" else "shard-00002"):
-        data.open_source(str(tmp_path))
+        open_source(str(tmp_path))
 
 
 def test_bad_images_stop_extraction_or_are_left_out(vae, tmp_path):
@@ -217,18 +246,16 @@ def test_bad_images_stop_extraction_or_are_left_out(vae, tmp_path):
     result = run(*arguments(folder, vae, tmp_path / "latents"), "--skip-bad-images")
     assert result.returncode == 0, result.stderr
     assert "2 left out" in result.stdout and result.stdout.count("left out") == 3 and "a/1.png" in result.stdout
-    latent_data = data.open_source(str(tmp_path / "latents"))
-    assert [latent_data[i, False][1] for i in range(len(latent_data))] == [0, 0, 1, 1, 1]
+    latent_data = open_source(str(tmp_path / "latents"))
+    assert [latent_data[i, False]["y"] for i in range(len(latent_data))] == [0, 0, 1, 1, 1]
 
 
 def test_mistakes(images, vae, cached, tmp_path, capsys, monkeypatch):
-    from test_options import fail
-
     def message(*more, output=tmp_path / "new", path=images):
         _, *flags = arguments(path, vae, output)
         return fail("extract_latents", [*flags, *more], capsys, monkeypatch)
 
-    assert "begun with image_size 16, not 32" in message("--image-size", 32, output=cached)
+    assert "made with image_size 16, not 32" in message("--image-size", 32, output=cached)
     assert "is not empty" in message(output=images)
     assert "must be a multiple of 2" in message("--image-size", 15)
     assert "--vae none encodes nothing" in message("--vae", "none")

@@ -1,4 +1,4 @@
-"""likelihood.py: bits per dimension, held to Gaussians whose figure is known."""
+"""likelihood.py: bits per dimension, compared with those of Gaussians."""
 
 import json
 import math
@@ -9,19 +9,20 @@ import torch
 from conftest import GaussianNetwork
 from PIL import Image
 from processes import run
-from test_options import fail
+from test_command_line import fail
 
-import data
-import latents
 import likelihood
-import sampling
+import vae
+from data.sources import Source
+from sampling import draw
+from sampling.pipeline import Pipeline
 from transport import create_transport
 
 STD = 0.25
 
 
 class GaussianModel(GaussianNetwork):
-    """The exact network of Gaussian images, with what a pipeline asks of a SiT."""
+    """The exact network of Gaussian images, with the attributes and arguments of a SiT."""
 
     in_channels, input_size, num_classes = 1, 4, 3
 
@@ -36,21 +37,21 @@ def test_bits_of_gaussian_images_under_the_exact_network(path_type, prediction, 
     rng = np.random.default_rng(0)
     levels = np.rint(127.5 + 127.5 * STD * rng.standard_normal((300, 4, 4))).clip(0, 255).astype(np.uint8)
     examples = [(Image.fromarray(image), i % 3) for i, image in enumerate(levels)]
-    source = data.Source(examples, np.arange(300) % 3, "row {}".format, 3, 300, channels=1, image_size=4)
+    source = Source(examples, np.arange(300) % 3, "row {}".format, 3, 300, channels=1, image_size=4)
     transport = create_transport(path_type, prediction)
     model = GaussianModel(transport, mean=0.0, std=STD)
-    space = latents.PixelSpace(1)
-    pipeline = sampling.Pipeline(model, transport, space, torch.device("cpu"), None)
-    monkeypatch.setattr(likelihood.options, "open_data", lambda args: source)
-    monkeypatch.setattr(sampling, "load_pipeline", lambda *args, **given: pipeline)
+    space = vae.PixelSpace(1)
+    pipeline = Pipeline(model, transport, space, torch.device("cpu"), None)
+    monkeypatch.setattr(likelihood, "open_source", lambda **given: source)
+    monkeypatch.setattr(likelihood, "load_pipeline", lambda *args, **given: pipeline)
     words = ["likelihood.py", "--batch-size", "100", "--probes", "2", "--json", str(tmp_path / "out.json")]
     monkeypatch.setattr("sys.argv", words)
     likelihood.main()
-    figures = json.loads((tmp_path / "out.json").read_text())
+    results = json.loads((tmp_path / "out.json").read_text())
     expected = math.log2(127.5 * STD * math.sqrt(2 * math.pi * math.e))
-    assert figures["bits_per_dim"] == pytest.approx(expected, abs=0.02)
-    assert figures["n_examples"] == 300 and 0 < figures["standard_error"] < 0.02
-    assert f"bits_per_dim {figures['bits_per_dim']:.4f}" in capsys.readouterr().out
+    assert results["bits_per_dim"] == pytest.approx(expected, abs=0.02)
+    assert results["n_examples"] == 300 and 0 < results["standard_error"] < 0.02
+    assert f"bits_per_dim {results['bits_per_dim']:.4f}" in capsys.readouterr().out
 
 
 def test_dequantization_spreads_each_level_over_its_width():
@@ -67,9 +68,27 @@ def test_bits_of_a_uniform_density():
     assert bits.item() == pytest.approx(math.log2(255))
 
 
+def test_cached_latents_have_the_bits_of_their_images(small_vae):
+    """Both are sampled from the same posterior with the same noise; the network is the exact one of latents."""
+    space = vae.LatentSpace(small_vae(latent_channels=2), torch.device("cpu"))
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model = GaussianModel(create_transport(), mean=0.0, std=STD)
+    model.in_channels = 2
+    pipeline = Pipeline(model, model.transport, space, torch.device("cpu"), None)
+    solver = dict(sampling_method="rk4", num_steps=20)
+    bits = {}
+    for key, values in (("images", images), ("moments", space.moments(images))):
+        examples = {7 - i: {key: value, "y": 0, "problems": []} for i, value in enumerate(values)}
+        bits[key] = likelihood.bits_of_examples(examples, pipeline, solver, seed=3)
+    assert bits["images"] == pytest.approx(bits["moments"], abs=1e-5)
+    latents = space.encode(images, draw.ImageNoise(3, range(7, 2, -1), torch.device("cpu")).draw((2, 4, 4)))
+    logp = torch.distributions.Normal(0.0, STD).log_prob(latents.double()).flatten(1).mean(1)
+    assert bits["images"] == pytest.approx((-logp / math.log(2)).tolist(), abs=0.02)
+
+
 def test_a_trained_model_on_any_number_of_ranks(digits_run, tmp_path):
     words = ["likelihood.py", "--data-path", "digits", "--num-examples", 12]
-    figures = {}
+    results = {}
     for name, ckpt, processes, batch in (
         ("one", digits_run, 1, 12),
         ("two", digits_run, 2, 4),
@@ -78,9 +97,9 @@ def test_a_trained_model_on_any_number_of_ranks(digits_run, tmp_path):
         more = ["--ckpt", ckpt, "--batch-size", batch, "--json", tmp_path / f"{name}.json"]
         result = run(*words, *more, "--sampling-method", "rk4", "--num-sampling-steps", 9, processes=processes)
         assert result.returncode == 0, result.stderr
-        figures[name] = json.loads((tmp_path / f"{name}.json").read_text())
-    assert figures["one"]["bits_per_dim"] == pytest.approx(figures["two"]["bits_per_dim"], abs=1e-4)
-    assert 3 < figures["one"]["bits_per_dim"] < 12 and figures["one"]["n_examples"] == 12
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["one"]["bits_per_dim"] == pytest.approx(results["two"]["bits_per_dim"], abs=1e-4)
+    assert 3 < results["one"]["bits_per_dim"] < 12 and results["one"]["n_examples"] == 12
 
 
 def test_mistakes_in_likelihoods(digits_run, monkeypatch, capsys):

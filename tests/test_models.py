@@ -72,7 +72,7 @@ def test_sizes(name, parameters, gflops):
     assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.01)
 
 
-def test_there_are_twelve_sizes_and_they_take_the_constructors_arguments():
+def test_there_are_twelve_sizes_which_take_the_arguments_of_the_constructor():
     assert set(SiT_models) == {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
     model = SiT_models["SiT-S/4"](input_size=16, in_channels=3, num_classes=7, learn_sigma=False, depth=1)
     assert model(torch.zeros(2, 3, 16, 16), torch.zeros(2), torch.tensor([0, 7])).shape == (2, 3, 16, 16)
@@ -94,7 +94,7 @@ def test_the_null_class_is_the_number_of_classes():
     assert not torch.allclose(dropped, model(x, t, y))
 
 
-def test_labels_are_dropped_in_training_alone_and_with_the_given_probability():
+def test_labels_are_dropped_in_training_only_and_with_the_given_probability():
     embedder = randomise(tiny(class_dropout_prob=0.3)).y_embedder
     labels = torch.zeros(20_000, dtype=torch.long)
     null = embedder.embedding_table.weight[10]
@@ -122,6 +122,41 @@ def test_guidance_of_leading_channels(channels, guided):
     torch.testing.assert_close(output[2:, :count], output[:2, :count])
     torch.testing.assert_close(output[:2, count:], conditional[:, count:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output[2:, count:], unconditional[:, count:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_hidden_states_are_those_after_the_blocks(grad_checkpoint):
+    model = randomise(tiny(depth=3, class_dropout_prob=0.0))
+    model.grad_checkpoint = grad_checkpoint
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, output: outputs.append(output))
+    x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 3, 6])
+    output, hidden = model(x, t, y, hidden_blocks=(2, 0))
+    assert torch.equal(hidden[0], outputs[2]) and torch.equal(hidden[1], outputs[0]) and len(hidden) == 2
+    assert hidden[0].shape == (3, 16, 32) and torch.equal(output, model(x, t, y))
+    hidden[1].square().sum().backward()  # a loss on the first block trains it, and none after it
+    assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0 and model.blocks[1].attn.qkv.weight.grad is None
+    with pytest.raises(ValueError, match=r"hidden_blocks must lie in \[0, 3\), not \(1, 3\)"):
+        model(x, t, y, hidden_blocks=(1, 3))
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_hidden_states_do_not_break_the_graph(grad_checkpoint):
+    model = randomise(tiny())
+    model.grad_checkpoint = grad_checkpoint
+    x, t, labels = torch.randn(3, 4, 8, 8), torch.rand(3), torch.randn(3, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward_embedded, fullgraph=True, dynamic=False, backend="aot_eager")
+    for hidden_blocks in ((), (1,)):  # the same function serves both
+        expected, found = (f(x, t, labels, hidden_blocks) for f in (model.forward_embedded, compiled))
+        torch.testing.assert_close(found, expected)
+    gradients = []
+    for output, hidden in (expected, found):
+        model.zero_grad()
+        (output.square().mean() + hidden[0].square().mean()).backward()
+        gradients.append([p.grad for p in model.blocks.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 def test_unpatchify_puts_patches_where_the_embedding_took_them():

@@ -16,9 +16,9 @@ import torch
 from conftest import TINY, read_metrics
 from processes import Script, start_torchrun, torchrun
 
-import checkpoint
-import files
 from models import SiT
+from utils import checkpoint, files
+from utils.weights import load_weights
 
 STEPS = 40
 FLAGS = [*TINY, "--max-steps", STEPS, "--ckpt-every", 10]
@@ -128,7 +128,7 @@ def test_groups_of_shards_and_shards_of_uneven_size(processes, more, tmp_path):
 def test_a_run_goes_on_on_other_ranks(first, then, uninterrupted, tmp_path):
     finish(train(tmp_path, first, "--max-steps", 20))
     result = finish(train(tmp_path, then))
-    assert f"continuing from {tmp_path}/checkpoint-20" in result.stdout
+    assert f"resuming from {tmp_path}/checkpoint-20" in result.stdout
     assert "--max-steps was 20 until now, and is 40" in result.stdout
     np.testing.assert_allclose(curve(tmp_path), curve(uninterrupted("one process")), atol=1e-4)
 
@@ -151,7 +151,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(way, number, uninterrupted,
     wait_for_step(script, tmp_path, 5)
     script.signal(number, ranks=[0] if way == "one process" else [1])  # a scheduler may reach one rank first
     result = finish(script, code=75)
-    assert "the same command continues" in result.stdout
+    assert "the same command resumes the run" in result.stdout
     done = len(read_metrics(tmp_path))
     assert sorted(checkpoint.steps(tmp_path)) == [done]
     finish(train(tmp_path, way, "--max-steps", done + 3, flags=endless))
@@ -169,7 +169,7 @@ def test_a_rank_that_dies_ends_the_others(way, tmp_path):
 
 
 def test_torchrun_starts_a_run_again_that_lost_a_rank(uninterrupted, tmp_path):
-    """Half of --max-restarts' promise is torchrun's; the other half is that the same command continues."""
+    """Half of --max-restarts' promise is torchrun's; the other half is that the same command resumes the run."""
     process = start_torchrun("--max-restarts=1", *FLAGS, "--max-steps", 400, "--parallel", "ddp", folder=tmp_path)
     figures = tmp_path / "metrics.jsonl"
     while not figures.exists() or figures.read_text().count("\n") < 15:
@@ -181,7 +181,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(uninterrupted, tmp_path):
     assert len(curve(tmp_path)) == 400
     np.testing.assert_allclose(curve(tmp_path)[:40], curve(uninterrupted("one process")), atol=1e-4)
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("continuing from") == 1
+    assert log.count("resuming from") == 1
 
 
 def test_ranks_end_with_torchrun(tmp_path):
@@ -219,7 +219,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_none(uninterrupted, tmp_path
     for step in written:
         checkpoint.check(tmp_path / f"checkpoint-{step}")
     result = finish(train(tmp_path, "one process", flags=flags))
-    assert f"continuing from {tmp_path}/checkpoint-{max(written)}," in result.stdout
+    assert f"resuming from {tmp_path}/checkpoint-{max(written)}," in result.stdout
     assert contents(tmp_path / "checkpoint-40") == contents(expected / "checkpoint-40")
     assert not list(tmp_path.glob(".checkpoint-*"))
 
@@ -232,7 +232,7 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(way, uninterr
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     result = finish(train(tmp_path / "run", way))
-    assert f"{shard} is damaged" in result.stdout and "continuing from" in result.stdout
+    assert f"{shard} is damaged" in result.stdout and "resuming from" in result.stdout
     assert "checkpoint-30" in result.stdout
     assert (tmp_path / "run" / "damaged-0-checkpoint-40").is_dir()
     assert contents(tmp_path / "run" / "checkpoint-40") == contents(uninterrupted(way) / "checkpoint-40")
@@ -273,7 +273,7 @@ def test_a_run_whose_start_is_typed_while_the_last_one_stops(uninterrupted, tmp_
     (saved,) = checkpoint.steps(tmp_path)
     wait_for_step(second, tmp_path, saved + 3)
     second.signal(signal.SIGTERM)
-    assert f"continuing from {tmp_path}/checkpoint-{saved}," in finish(second, code=75).stdout
+    assert f"resuming from {tmp_path}/checkpoint-{saved}," in finish(second, code=75).stdout
     assert sorted(checkpoint.steps(tmp_path))[0] == saved and not list(tmp_path.glob("damaged-*"))
 
 
@@ -282,7 +282,7 @@ def test_a_run_from_another_folder_is_typed_again(uninterrupted, tmp_path):
     more = ["--resume", source / "checkpoint-20"]
     finish(train(tmp_path, "one process", *more, "--max-steps", 35))
     result = finish(train(tmp_path, "one process", *more))
-    assert f"continuing from {tmp_path}/checkpoint-35" in result.stdout
+    assert f"resuming from {tmp_path}/checkpoint-35" in result.stdout
     assert contents(tmp_path / "checkpoint-40") == contents(source / "checkpoint-40")
 
 
@@ -314,7 +314,7 @@ def test_a_log_that_cannot_be_read_does_not_stop_a_run(tmp_path):
 def test_a_grid_that_cannot_be_written_does_not_stop_a_run(tmp_path):
     tmp_path.joinpath("samples").touch()
     result = finish(train(tmp_path, "one process", "--max-steps", 4, "--sample-every", 2, "--ckpt-every", 2))
-    assert result.stderr.count("training goes on") == 1 and sorted(checkpoint.steps(tmp_path)) == [2, 4]
+    assert result.stderr.count("training continues") == 1 and sorted(checkpoint.steps(tmp_path)) == [2, 4]
 
 
 def test_no_checkpoint_is_made_among_steps_that_are_not_finite(tmp_path):
@@ -371,7 +371,7 @@ def test_a_batch_that_is_not_finite_is_left_out(way, tmp_path):
     assert result.stdout.count("left out: not finite (loss nan, gradient norm nan), 1 in a row") == 1
     metrics = read_metrics(tmp_path / "run")
     assert metrics[-1]["bad_steps"] == 1 and sorted(line["loss"] is None for line in metrics) == [False] * 3 + [True]
-    state = checkpoint.load_weights(tmp_path / "run" / "checkpoint-4" / "model.safetensors").state_dict
+    state = load_weights(tmp_path / "run" / "checkpoint-4" / "model.safetensors").state_dict
     assert all(value.isfinite().all() for value in state.values())
     optimizer = contents(tmp_path / "run" / "checkpoint-4")[1]
     assert optimizer["state.final_layer.linear.weight.step"] == 3.0
@@ -382,8 +382,7 @@ def test_a_step_that_is_left_out_changes_no_weight(tmp_path):
     flags = [*LATENT_FLAGS, "--data-path", latents, "--max-steps", 1, "--ema-decay", 0.5, "--weight-decay", 0.5]
     finish(train(tmp_path / "run", "one process", flags=flags))
     weights, average = (
-        checkpoint.load_weights(tmp_path / "run" / "checkpoint-1" / name).state_dict
-        for name in ("model.safetensors", "ema.pt")
+        load_weights(tmp_path / "run" / "checkpoint-1" / name).state_dict for name in ("model.safetensors", "ema.pt")
     )
     torch.manual_seed(0)
     initial = SiT(**checkpoint.read_state(tmp_path / "run" / "checkpoint-1")["model"]).state_dict()

@@ -8,26 +8,31 @@ import pytest
 import torch
 from PIL import Image
 from processes import run
+from tqdm import tqdm
 
-import checkpoint
-import demo
-import options
-import sampling
+import vae
 from models import SiT, SiT_models
+from sampling.draw import GuidedModel, ImageNoise, SampleSettings, generate
+from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS
+from sampling.guidance import WHOLE, resolve_cfg_scale
+from sampling.pipeline import Pipeline, load_pipeline
+from utils import checkpoint
+from utils.grids import save_grid, to_uint8
+from utils.weights import load_weights
 
 CPU = torch.device("cpu")
-EULER = options.ODE_DEFAULTS | {"sampling_method": "euler", "num_steps": 4}
-SDE = options.SDE_DEFAULTS | {"num_steps": 4}
+EULER = ODE_DEFAULTS | {"sampling_method": "euler", "num_steps": 4}
+SDE = SDE_DEFAULTS | {"num_steps": 4}
 
 
 @pytest.fixture(scope="module")
 def pipeline(digits_run):
-    return sampling.load_pipeline(digits_run, CPU)
+    return load_pipeline(digits_run, CPU)
 
 
-def generate(pipeline, labels, mode="ODE", settings=EULER, cfg_scale=2.0, seed=0, **more):
-    how = dict(mode=mode, settings=settings, cfg_scale=cfg_scale, seed=seed)
-    return sampling.generate(pipeline, labels, **how, **more)
+def images_of(pipeline, labels, mode="ODE", solver=EULER, cfg_scale=2.0, seed=0, cfg_interval=WHOLE, **more):
+    settings = SampleSettings(mode, solver, cfg_scale, cfg_interval, seed)
+    return generate(pipeline, labels, settings, **more)
 
 
 def test_a_checkpoint_of_train_needs_no_other_flag(digits_run, tmp_path):
@@ -38,7 +43,7 @@ def test_a_checkpoint_of_train_needs_no_other_flag(digits_run, tmp_path):
     )
     assert Image.open(tmp_path / "sample.png").size == (4 * 66 + 2, 3 * 66 + 2)
     description = json.loads((tmp_path / "sample.json").read_text())
-    assert description["network_calls_per_image"] > 10 and description["class_labels"] == list(range(10))
+    assert description["nfe"] > 10 and description["class_labels"] == list(range(10))
     assert (description["mode"], description["sampling_method"], description["cfg_scale"]) == ("ODE", "dopri5", 4.0)
 
 
@@ -53,24 +58,24 @@ def test_the_pipeline_is_what_was_trained(pipeline, digits_run):
 @pytest.mark.parametrize("mode, settings", [("ODE", EULER), ("SDE", SDE), ("SDE", {**SDE, "sampling_method": "Heun"})])
 def test_an_image_depends_on_seed_and_index_alone(pipeline, mode, settings):
     labels = [3, 1, 4, 1, 5, 9, 2]
-    images, _ = generate(pipeline, labels, mode, settings)
+    images, _ = images_of(pipeline, labels, mode, settings)
     assert images.shape == (7, 8, 8, 1) and images.dtype == torch.uint8
-    in_batches, _ = generate(pipeline, labels, mode, settings, batch_size=3)
-    from_the_third, _ = generate(pipeline, labels[2:], mode, settings, first_index=2)
+    in_batches, _ = images_of(pipeline, labels, mode, settings, batch_size=3)
+    from_the_third, _ = images_of(pipeline, labels[2:], mode, settings, first_index=2)
     for other in (in_batches, from_the_third):
         difference = images[-len(other) :].int() - other.int()
         assert difference.abs().max() <= 1  # sums in another order may round to the next grey level
-    assert not torch.equal(images, generate(pipeline, labels, mode, settings, seed=1)[0])
+    assert not torch.equal(images, images_of(pipeline, labels, mode, settings, seed=1)[0])
     assert not torch.equal(images[1], images[3])  # the same label, another index
 
 
-def test_network_calls_are_counted(pipeline):
+def test_evaluations_are_counted(pipeline):
     def counts(*arguments, **more):
-        return tuple(generate(pipeline, *arguments, **more)[1].values())
+        return tuple(images_of(pipeline, *arguments, **more)[1].values())
 
     assert counts([0, 1]) == (3, 6)
     assert counts([0, 1], cfg_scale=1.0) == (3, 3)
-    assert counts([0, 1], settings={**EULER, "sampling_method": "rk4"}, batch_size=1) == (12, 24)
+    assert counts([0, 1], solver={**EULER, "sampling_method": "rk4"}, batch_size=1) == (12, 24)
     assert counts([0], "SDE", SDE) == (4, 8)
     # Times 0, 1/3 and 2/3: one of the three lies inside.
     assert counts([0, 1], cfg_interval=(0.3, 0.6), batch_size=1) == (3, 4)
@@ -85,7 +90,9 @@ def test_guidance_equals_its_formula_and_scale_one_runs_no_unconditional_half(pi
         x, t, y = torch.randn(3, 4, 8, 8), torch.full((3,), 0.3), torch.tensor([1, 2, 3])
 
         def guided(*arguments, channels=None):
-            return sampling.guide(sampling.Pipeline(model, None, None, CPU, channels), *arguments)
+            settings = SampleSettings(cfg_scale=arguments[0], cfg_interval=arguments[1] if arguments[1:] else WHOLE)
+            bar = tqdm(disable=True)
+            return GuidedModel(Pipeline(model, None, None, CPU, channels), settings.rule(channels), 64, bar)
 
         conditional, unconditional = model(x, t, y), model(x, t, torch.full_like(y, 10))
         expected = unconditional + 3 * (conditional - unconditional)
@@ -96,15 +103,15 @@ def test_guidance_equals_its_formula_and_scale_one_runs_no_unconditional_half(pi
         inside, outside = (guided(3.0, interval) for interval in ((0.2, 0.4), (0.4, 1.0)))
         torch.testing.assert_close(inside(x, t, y), guided(3.0)(x, t, y))
         torch.testing.assert_close(outside(x, t, y), model(x, t, y))
-        assert (inside.evaluations, outside.evaluations) == (2, 1)
+        assert (inside.forward_passes, outside.forward_passes) == (2, 1)
 
 
 def test_noise_is_standard_normal_and_each_image_has_its_own():
-    noise = sampling.ImageNoise(0, range(64), CPU).draw((4, 32, 32))
+    noise = ImageNoise(0, range(64), CPU).draw((4, 32, 32))
     assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
     correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(64)
     assert correlation.abs().max() < 0.1
-    stream = sampling.ImageNoise(0, [5], CPU)
+    stream = ImageNoise(0, [5], CPU)
     first, second = stream.draw((4, 32, 32)), stream.randn_like(noise[:1].double())
     assert torch.equal(first[0], noise[5]) and not torch.equal(first.double(), second)
     assert second.dtype == torch.float64
@@ -113,15 +120,15 @@ def test_noise_is_standard_normal_and_each_image_has_its_own():
 def test_uint8_rounds_and_clamps():
     grey = torch.tensor([0, 1, 127, 128, 254, 255])
     exact = (grey / 127.5 - 1).reshape(1, 1, 1, 6)
-    assert sampling.to_uint8(exact).flatten().tolist() == grey.tolist()
+    assert to_uint8(exact).flatten().tolist() == grey.tolist()
     for off in (-0.49, 0.49):
-        assert sampling.to_uint8(exact + off / 127.5).flatten().tolist() == grey.tolist()
-    assert sampling.to_uint8(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+        assert to_uint8(exact + off / 127.5).flatten().tolist() == grey.tolist()
+    assert to_uint8(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
 
 
 def test_the_grid_holds_the_images_in_rows(tmp_path):
     images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 8, 8, 1) * 40
-    sampling.save_grid(images, tmp_path / "grid.png", columns=3)
+    save_grid(images, tmp_path / "grid.png", columns=3)
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
     assert [[int(grid[34 + 66 * r, 34 + 66 * c, 0]) for c in range(3)] for r in range(2)] == [
@@ -153,7 +160,7 @@ def test_a_damaged_trainer_state_is_named(damage, digits_run, tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "ema.pt").write_bytes((digits_run / "checkpoint-6" / "ema.pt").read_bytes())
     with pytest.raises(ValueError, match="damaged|does not fit|unknown path type"):
-        sampling.load_pipeline(tmp_path, CPU)
+        load_pipeline(tmp_path, CPU)
 
 
 def official_file(folder, arguments):
@@ -165,55 +172,30 @@ def official_file(folder, arguments):
 
 
 def test_official_checkpoints_bring_their_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling.latents, "AutoencoderSpace", lambda vae, device, dtype: vae)
+    monkeypatch.setattr(vae, "LatentSpace", lambda vae, device, dtype: vae)
     path = official_file(tmp_path, dict(path_type="VP", prediction="score", vae="mse", image_size=64, lr=1e-4))
-    pipeline = sampling.load_pipeline(path, CPU)
+    pipeline = load_pipeline(path, CPU)
     assert (pipeline.transport.prediction, pipeline.transport.sample_eps) == ("score", 1e-3)
     assert pipeline.space == "mse" and pipeline.guided_channels == 3
-    assert sampling.load_pipeline(path, CPU, "all", sample_eps=0.01).transport.sample_eps == 0.01
+    assert load_pipeline(path, CPU, "all", sample_eps=0.01).transport.sample_eps == 0.01
     with pytest.raises(ValueError, match="--path-type GVP contradicts"):
-        sampling.load_pipeline(path, CPU, path_type="GVP")
+        load_pipeline(path, CPU, path_type="GVP")
 
 
 def test_bare_weights_are_described_by_flags(digits_run, tmp_path):
     path = tmp_path / "bare.pt"
-    torch.save(checkpoint.load_weights(digits_run).state_dict, path)
+    torch.save(load_weights(digits_run).state_dict, path)
     given = dict(num_heads=4, vae="none")
-    pipeline = sampling.load_pipeline(path, CPU, **given, path_type="GVP", prediction="noise")
+    pipeline = load_pipeline(path, CPU, **given, path_type="GVP", prediction="noise")
     assert pipeline.transport.prediction == "noise" and pipeline.model.num_classes == 10
     with pytest.raises(ValueError, match="--vae ema makes 4"):
-        sampling.load_pipeline(path, CPU, num_heads=4)
+        load_pipeline(path, CPU, num_heads=4)
 
 
 def test_guidance_scale_by_default_and_without_a_null_class():
     with torch.device("meta"):
         with_null, without = SiT(depth=1), SiT(depth=1, class_dropout_prob=0.0)
-    assert sampling.resolve_cfg_scale(None, with_null) == 4 and sampling.resolve_cfg_scale(None, without) == 1
-    assert sampling.resolve_cfg_scale(1.5, with_null) == 1.5 and sampling.resolve_cfg_scale(1.0, without) == 1
+    assert resolve_cfg_scale(None, with_null) == 4 and resolve_cfg_scale(None, without) == 1
+    assert resolve_cfg_scale(1.5, with_null) == 1.5 and resolve_cfg_scale(1.0, without) == 1
     with pytest.raises(ValueError, match="null class"):
-        sampling.resolve_cfg_scale(1.5, without)
-
-
-# ---------------------------------------------------------------------------------------------- the demo's judgement
-
-
-def test_the_judge_knows_real_digits_noise_and_collapse():
-    (_, _), (held_out, labels) = demo.split_digits()
-    images = torch.from_numpy((held_out * 255).astype(np.uint8)).reshape(-1, 8, 8, 1)
-    figures = demo.judge(images, labels)
-    assert figures["recognised"] == figures["recognised_real"] > 0.97
-    assert figures["fd_pixels"] == pytest.approx(figures["fd_pixels_real"], rel=0.05)
-    noise = demo.judge(torch.randint(0, 256, images.shape, dtype=torch.uint8), labels)
-    assert noise["recognised"] < 0.3 and noise["fd_pixels"] > figures["fd_pixels_collapsed"]
-    # One real digit per class, 50 times each: all recognised, and the distance tells.
-    collapsed = demo.judge(images[np.arange(500) // 50 * 50], labels)
-    assert collapsed["recognised"] > 0.9
-    assert collapsed["fd_pixels"] > 10 * figures["fd_pixels_real"]
-
-
-def test_demo_prints_its_figures_and_where_the_picture_is(digits_run, tmp_path):
-    result = run("demo.py", "--ckpt", digits_run, "--samples-per-class", 10, "--output", tmp_path / "digits.png")
-    assert result.returncode == 0, result.stderr
-    assert "recognised: " in result.stdout and "of 100 samples" in result.stdout and "real to real" in result.stdout
-    assert f"picture: {tmp_path / 'digits.png'}" in result.stdout
-    assert Image.open(tmp_path / "digits.png").size == (10 * 66 + 2, 10 * 66 + 2)
+        resolve_cfg_scale(1.5, without)

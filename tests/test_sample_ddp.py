@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from processes import Script, run
 
-import files
-import sampling
 from models import SiT
-from parts import Parts
+from sampling.draw import draw_labels
+from sampling.shards import Shards
+from utils import files
 
 WAYS = {"ODE": ["ODE", "--num-sampling-steps", 20], "SDE": ["SDE", "--num-sampling-steps", 20]}
 
@@ -79,7 +79,7 @@ def test_what_was_killed_is_continued(mode, digits_run, of_one_process, tmp_path
     expected, expected_labels = arrays(of_one_process / f"{mode}.npz")
     assert np.array_equal(labels, expected_labels) and np.abs(images.astype(int) - expected).max() <= 1
     before = (tmp_path / "killed.npz").stat().st_mtime_ns
-    assert "is there, made with these settings" in draw(*words).stdout
+    assert "exists, made with these settings" in draw(*words).stdout
     assert (tmp_path / "killed.npz").stat().st_mtime_ns == before
 
 
@@ -97,7 +97,7 @@ def test_other_settings_do_not_go_on_with_what_is_there(digits_run, of_one_proce
     assert (tmp_path / "SDE.npz").read_bytes() == (of_one_process / "SDE.npz").read_bytes()
     (tmp_path / "SDE.npz.json").unlink()
     result = draw(*flags(digits_run, tmp_path / "SDE.npz"), code=2)
-    assert "SDE.npz.json, which says how it was made, is not" in result.stderr
+    assert "SDE.npz.json, which says how it was made, does not" in result.stderr
 
 
 def half_made(output):
@@ -121,7 +121,7 @@ def test_a_damaged_part_is_drawn_anew(digits_run, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-9])
     np.save(parts / "0000010-0000020.calls-20-40.npy", images[10:20, :4])  # of another size
     result = draw(*words)
-    assert result.stdout.count("is damaged, and is drawn anew") == 2 and "30 images in" in result.stdout
+    assert result.stdout.count("is damaged, and is drawn again") == 2 and "30 images in" in result.stdout
     assert np.array_equal(arrays(tmp_path / "a.npz")[0], images) and not parts.exists()
 
 
@@ -131,13 +131,13 @@ def test_pngs_and_counts_are_complete_after_a_stop(digits_run, tmp_path):
     draw(*words)
     _, images = half_made(tmp_path / "a.npz")
     result = draw(*words, "--save-png")
-    assert "10 images in" in result.stdout and "20 network calls per image (40 evaluations)" in result.stdout
+    assert "10 images in" in result.stdout and "20 NFE (40 forward passes)" in result.stdout
     pngs = sorted((tmp_path / "a.pngs").iterdir())
     assert [path.name for path in pngs] == [f"{i:06d}.png" for i in range(30)]
     for path in pngs[5:]:
         path.unlink()
     result = draw(*words, "--save-png")
-    assert "is there" in result.stdout
+    assert "exists, made" in result.stdout
     assert all(np.array_equal(np.asarray(Image.open(path)), images[i, ..., 0]) for i, path in enumerate(pngs))
 
 
@@ -194,7 +194,7 @@ def test_balanced_labels_and_pngs(digits_run, tmp_path):
     for i in (0, 29):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "b.pngs" / f"{i:06d}.png")), images[i, ..., 0])
     description = json.loads((tmp_path / "b.npz.json").read_text())
-    assert (description["network_calls_per_image"], description["network_evaluations_per_image"]) == (20, 40)
+    assert (description["nfe"], description["forward_passes"]) == (20, 40)
     assert description["balanced_labels"] and description["cfg_scale"] == 1.5
 
 
@@ -203,17 +203,17 @@ def test_guidance_over_an_interval_is_counted(digits_run, tmp_path):
     # 19 steps at t = 0, 0.96/19, ...: the last nine lie at 0.5 or later, and the last step at 0.96.
     times = np.linspace(0, 0.96, 20)
     guided = int((times >= 0.5).sum())
-    assert f"20 network calls per image ({20 + guided} evaluations)" in result.stdout
+    assert f"20 NFE ({20 + guided} forward passes)" in result.stdout
     assert "guidance 1.5 on 1 of 1 channels for t in [0.5, 1]" in result.stdout
 
 
 def test_a_protocol_holds_the_settings_of_the_paper(digits_run, tmp_path):
     words = ["sample_ddp.py", "--ckpt", digits_run, "--num-fid-samples", 2, "--output", tmp_path / "p.npz"]
     result = draw(*words, "--protocol", "paper-sde-cfg")
-    assert "SDE Euler, 250 network calls per image (500 evaluations), guidance 1.5" in result.stdout
+    assert "SDE Euler, 250 NFE (500 forward passes), guidance 1.5" in result.stdout
     assert "for SiT-XL/2 at 256x256: 2.06, 4.49, 277.50, 0.83, 0.59; these samples do not compare" in result.stdout
     result = draw(*words[:-1], tmp_path / "q.npz", "--protocol", "paper-ode")
-    assert "ODE heun2, 250 network calls per image (250 evaluations), no guidance" in result.stdout
+    assert "ODE heun2, 250 NFE (250 forward passes), no guidance" in result.stdout
     result = draw(*words, "--protocol", "paper-ode", "--num-sampling-steps", 50, code=2)
     assert "--protocol paper-ode has --num-sampling-steps 126, not 50" in result.stderr
     for more, message in (
@@ -231,21 +231,21 @@ def test_likelihood_points_elsewhere(digits_run, tmp_path):
 
 
 def test_labels_do_not_depend_on_how_many_there_are():
-    some, more = (sampling.draw_labels(count, 1000, 3, False) for count in (100, 5000))
+    some, more = (draw_labels(count, 1000, 3, False) for count in (100, 5000))
     assert np.array_equal(some, more[:100])
-    assert not np.array_equal(some, sampling.draw_labels(100, 1000, 4, False))
-    counts = np.bincount(sampling.draw_labels(50_000, 10, 0, False), minlength=10)
+    assert not np.array_equal(some, draw_labels(100, 1000, 4, False))
+    counts = np.bincount(draw_labels(50_000, 10, 0, False), minlength=10)
     assert abs(counts - 5000).max() < 4 * np.sqrt(5000 * 0.9)
 
 
 def test_missing_ranges(tmp_path):
-    there = Parts(tmp_path / "a.npz", 40, (2, 2, 1))
+    there = Shards(tmp_path / "a.npz", 40, (2, 2, 1))
     there.folder.mkdir()
     for begin, end in ((10, 20), (25, 30)):
         np.save(there.folder / f"{begin:07d}-{end:07d}.calls-3-6.npy", np.zeros((end - begin, 2, 2, 1), np.uint8))
     (there.folder / ".0000030-0000040.calls-3-6.npy.partial").touch()
     assert there.missing(8) == [(0, 8), (8, 10), (20, 25), (30, 38), (38, 40)]
-    assert there.counts() == (3, 6)
+    assert there.counts() == {"nfe": 3, "forward_passes": 6}
 
 
 def test_an_npz_written_in_parts_is_the_array(tmp_path):

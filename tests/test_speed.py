@@ -6,32 +6,33 @@ import subprocess
 import sys
 import threading
 
+import measuring
+import memory
+import numpy as np
 import pytest
+import sample_speed
 import torch
+import train_speed
 from conftest import TINY, load_golden, read_metrics
 from processes import ROOT, run
 
-import compute
-import costs
-import options
-import sampling
-import training
 from models import SiT
+from sampling.draw import SampleSettings, draw
+from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS
+from sampling.pipeline import Pipeline
+from sampling.shards import Background
+from training import costs
+from training.step import batches_on_device
 from transport import create_transport
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import measuring  # noqa: E402
-import memory  # noqa: E402
-import sample_speed  # noqa: E402
-import train_speed  # noqa: E402
+from utils.precision import autocast, choose_attention, compile_training, prepare_inference, without_tf32
+from vae import PixelSpace
 
 CPU = torch.device("cpu")
 SIZES = dict(input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=10, learn_sigma=False)
 SOLVERS = {
-    "euler": ("ODE", options.ODE_DEFAULTS | {"sampling_method": "euler", "num_steps": 20}),
-    "dopri5": ("ODE", options.ODE_DEFAULTS | {"num_steps": 2}),
-    "SDE": ("SDE", options.SDE_DEFAULTS | {"num_steps": 20}),
+    "euler": ("ODE", ODE_DEFAULTS | {"sampling_method": "euler", "num_steps": 20}),
+    "dopri5": ("ODE", ODE_DEFAULTS | {"num_steps": 2}),
+    "SDE": ("SDE", SDE_DEFAULTS | {"num_steps": 20}),
 }
 
 
@@ -41,21 +42,19 @@ def pipeline():
     model = SiT(**SIZES).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.1)
-    return sampling.Pipeline(model, create_transport(), None, CPU, guided_channels=None)
+    return Pipeline(model, create_transport(), None, CPU, guided_channels=None)
 
 
-def draw(pipeline, solver, count=5, **more):
-    mode, settings = SOLVERS[solver]
-    how = dict(mode=mode, settings=settings, cfg_scale=1.5, seed=0, show_progress=False)
-    drawn, counts = sampling.draw(pipeline, list(range(count)), **how, **more)
-    return drawn, counts
+def drawn_by(solver, pipeline, count=5, **more):
+    settings = SampleSettings(*SOLVERS[solver], cfg_scale=1.5)
+    return draw(pipeline, list(range(count)), settings, show_progress=False, **more)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_sampling_in_bf16_agrees_within_its_rounding(pipeline, solver):
-    expected, counts = draw(pipeline, solver)
-    sampling.speed_up(pipeline, "bf16", compiled=False)
-    drawn, counts_in_bf16 = draw(pipeline, solver)
+    expected, counts = drawn_by(solver, pipeline)
+    pipeline.speed_up("bf16", compiled=False)
+    drawn, counts_in_bf16 = drawn_by(solver, pipeline)
     assert drawn.dtype == torch.float32 and (solver == "dopri5" or counts == counts_in_bf16)
     assert pipeline.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     error = (drawn - expected).norm() / expected.norm()
@@ -64,25 +63,25 @@ def test_sampling_in_bf16_agrees_within_its_rounding(pipeline, solver):
 
 def test_bf16_weights_compute_what_autocast_computes(pipeline):
     model, x, t, y = pipeline.model, torch.randn(3, 4, 8, 8), torch.full((1,), 0.3), torch.tensor([1, 2, 3])
-    compute.choose_attention(model, CPU, "bf16")
-    with compute.autocast(CPU, "bf16"):
+    choose_attention(model, CPU, "bf16")
+    with autocast(CPU, "bf16"):
         expected = model(x, t, y)
-        compute.prepare_inference(model, CPU, "bf16", compiled=False)
+        prepare_inference(model, CPU, "bf16", compiled=False)
         assert torch.equal(model(x, t, y), expected)
 
 
 def test_compiled_sampling_agrees_and_fills_its_last_batch(pipeline):
-    expected, counts = draw(pipeline, "SDE")
+    expected, counts = drawn_by("SDE", pipeline)
     sizes = set()
     plain = pipeline.model.forward_embedded
     pipeline.model.forward_embedded = lambda x, t, labels: sizes.add((len(x), len(t))) or plain(x, t, labels)
     pipeline.compiled = True
-    drawn, _ = draw(pipeline, "SDE", batch_size=2)  # five images: batches of 2, 2 and 1
+    drawn, _ = drawn_by("SDE", pipeline, batch_size=2)  # five images: batches of 2, 2 and 1
     assert sizes == {(4, 1)}  # guided, with one time for all
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
     del pipeline.model.forward_embedded
-    sampling.speed_up(pipeline, "fp32", compiled=True)
-    drawn, counts_of_compiled = draw(pipeline, "SDE", batch_size=2)
+    pipeline.speed_up("fp32", compiled=True)
+    drawn, counts_of_compiled = drawn_by("SDE", pipeline, batch_size=2)
     assert counts_of_compiled == counts
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
@@ -93,7 +92,7 @@ def test_fast_paths_hold_the_golden_values(compiled):
     model = SiT(**json.loads(golden["meta"])["config"]).eval().requires_grad_(False)
     weights = {key: value for key, value in golden.items() if key.startswith("state_dict/")}
     model.load_state_dict({key.removeprefix("state_dict/"): value for key, value in weights.items()})
-    compute.prepare_inference(model, CPU, "fp32", compiled)
+    prepare_inference(model, CPU, "fp32", compiled)
     assert not model.blocks[0].attn.fused_attn  # few tokens on a CPU
     output = model(golden["x"], golden["t"], golden["y"])
     torch.testing.assert_close(output, golden["forward"], atol=1e-5, rtol=0)
@@ -126,7 +125,7 @@ def test_without_tf32_and_back():
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     try:
-        with compute.without_tf32():
+        with without_tf32():
             assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
     finally:
@@ -167,7 +166,7 @@ def test_compiled_runs_in_bf16_go_on_to_the_same_bytes(tmp_path):
     for folder, more in (("whole", []), ("parts", ["--max-steps", 3]), ("parts", [])):
         result = run("train.py", *flags, *more, "--output-dir", tmp_path / folder)
         assert result.returncode == 0, result.stderr
-    assert "continuing from" in (tmp_path / "parts" / "log.txt").read_text()
+    assert "resuming from" in (tmp_path / "parts" / "log.txt").read_text()
     for name in ("model.safetensors", "ema.pt"):
         whole, parts = ((tmp_path / folder / "checkpoint-6" / name).read_bytes() for folder in ("whole", "parts"))
         assert whole == parts
@@ -182,7 +181,7 @@ def test_compiled_gradients_do_not_depend_on_the_order_of_threads():
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    compute.compile_training(model, "one process")
+    compile_training(model, "one process")
     inputs = torch.randn(128, 4, 8, 8), torch.rand(128), torch.randint(0, 10, (128,)), torch.rand(128) < 0.1
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -204,7 +203,7 @@ def test_sample_ddp_in_bf16_compiled(digits_run, tmp_path):
     for name, more in (("plain", []), ("fast", ["--precision", "bf16", "--compile"])):
         result = run(*words, *more, "--output", tmp_path / f"{name}.npz")
         assert result.returncode == 0, result.stderr
-    plain, fast = (sampling.np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
+    plain, fast = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("plain", "fast"))
     difference = abs(plain - fast)
     assert 0 < difference.max() and difference.mean() < 1  # grey levels
     assert json.loads((tmp_path / "fast.npz.json").read_text())["precision"] == "bf16"
@@ -219,19 +218,21 @@ def test_tf32_is_refused_without_a_gpu(digits_run):
 
 def test_background_work_is_done_in_order_and_its_errors_arrive():
     done, thread = [], set()
-    with sampling.Background(CPU) as background:
+    with Background(CPU) as background:
         for i in range(5):
             background.submit(lambda i=i: (done.append(i), thread.add(threading.current_thread())))
     assert done == [0, 1, 2, 3, 4] and threading.current_thread() not in thread
-    with pytest.raises(FileNotFoundError), sampling.Background(CPU) as background:
+    with pytest.raises(FileNotFoundError), Background(CPU) as background:
         background.submit(lambda: open("/does/not/exist"))
 
 
 def test_batches_on_a_cpu_are_the_loaders():
-    batches = [(torch.full((2, 3), i), torch.tensor([i, i]), [[], []]) for i in range(3)]
-    space = sampling.latents.PixelSpace(3)
-    on_device = list(training.batches_on_device((batch for batch in batches), space, CPU))
-    assert all(ours[0] is theirs[0] and ours[1] is theirs[1] for ours, theirs in zip(on_device, batches, strict=True))
+    batches = [{"images": torch.full((2, 3), i), "y": torch.tensor([i, i]), "problems": [[], []]} for i in range(3)]
+    originals = [dict(batch) for batch in batches]
+    space = PixelSpace(3)
+    on_device = list(batches_on_device((batch for batch in batches), space, CPU))
+    for ours, theirs in zip(on_device, originals, strict=True):
+        assert ours["moments"] is theirs["images"] and ours["y"] is theirs["y"] and "images" not in ours
 
 
 def test_the_benchmarks_run_and_claim_nothing_of_gpus(tmp_path, monkeypatch, capsys):

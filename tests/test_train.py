@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,15 +13,19 @@ from PIL import Image
 from processes import run, torchrun
 from test_data import bad_folder, write_images
 
-import checkpoint
-import data
-import logs
-import metrics
-import sampling
 import train
-import training
+from data.images import ImageDataset
+from data.sources import open_source
+from evaluation import metrics
 from models import SiT
+from sampling.draw import SampleSettings, draw_labels, generate
+from sampling.pipeline import load_pipeline
+from training.log import RunLog, TensorBoard
+from training.step import EMA, draw_randomness, learning_rate, update_ema
 from transport import create_transport
+from utils import checkpoint
+from utils.grids import to_uint8
+from utils.weights import load_weights
 
 
 def test_the_files_of_a_run(digits_run):
@@ -40,7 +45,9 @@ def test_the_files_of_a_run(digits_run):
     # A new model predicts 0, and the mean square of x1 - x0 is 1 + that of the digits.
     assert metrics[0]["loss"] == pytest.approx(1.72, abs=0.2)
     log = (digits_run / "log.txt").read_text()
-    assert "16 images = micro batch 16 x 1 ranks x accumulation 1" in log and "(step=0000006) loss" in log
+    assert (
+        "16 images = micro-batch 16 x 1 ranks x 1 gradient accumulation steps" in log and "(step=0000006) loss" in log
+    )
     grid = np.asarray(Image.open(digits_run / "samples" / "0000006.png"))
     assert grid.shape == (2 * 66 + 2, 10 * 66 + 2, 3) and grid.std() > 10
 
@@ -51,15 +58,12 @@ def test_trainer_state_says_how_to_build_everything_again(digits_run):
     assert state["seed"] == 0 and state["args"]["lr"] == 1e-3 and state["versions"]["torch"] == torch.__version__
     assert state["latents"] == {"vae": "none", "image_size": 8, "channels": 1}
     model = SiT(**state["model"])
-    model.load_state_dict(checkpoint.load_weights(digits_run).state_dict)
+    model.load_state_dict(load_weights(digits_run).state_dict)
 
 
 def test_weights_train_and_the_average_follows(digits_run):
-    states = [
-        checkpoint.load_weights(digits_run / f"checkpoint-6/{name}").state_dict
-        for name in ("model.safetensors", "ema.pt")
-    ]
-    earlier = checkpoint.load_weights(digits_run / "checkpoint-3/ema.pt").state_dict
+    states = [load_weights(digits_run / f"checkpoint-6/{name}").state_dict for name in ("model.safetensors", "ema.pt")]
+    earlier = load_weights(digits_run / "checkpoint-3/ema.pt").state_dict
     key = "final_layer.linear.weight"
     assert states[0][key].norm() > states[1][key].norm() > earlier[key].norm() > 0
     assert torch.equal(states[0]["pos_embed"], states[1]["pos_embed"])
@@ -70,7 +74,7 @@ def test_learning_rate_decay_and_average_are_those_of_the_flags(tmp_path):
     flags = ["--max-steps", 1, "--lr", 0.01, "--weight-decay", 0.5, "--ema-decay", 0.75, "--no-ema-warmup"]
     losses(tmp_path, *flags, steps=1)
     trained, average = (
-        checkpoint.load_weights(tmp_path / "checkpoint-1" / name).state_dict for name in ("model.safetensors", "ema.pt")
+        load_weights(tmp_path / "checkpoint-1" / name).state_dict for name in ("model.safetensors", "ema.pt")
     )
     torch.manual_seed(0)
     initial = SiT(**checkpoint.read_state(tmp_path / "checkpoint-1")["model"]).state_dict()
@@ -86,24 +90,25 @@ def test_learning_rate_decay_and_average_are_those_of_the_flags(tmp_path):
 def test_ema_is_the_recursion_of_its_definition():
     average, parameters = [torch.randn(2, 2), torch.randn(3)], [torch.randn(2, 2), torch.randn(3)]
     expected = [0.9 * a + 0.1 * p for a, p in zip(average, parameters, strict=True)]
-    training.update_ema(average, parameters, 0.9)
+    update_ema(average, parameters, 0.9)
     torch.testing.assert_close(average, expected)
 
 
 def test_a_young_average_forgets_faster():
-    assert [training.ema_decay(step, 0.9999, True) for step in (0, 8)] == [2 / 11, 10 / 19]
-    assert training.ema_decay(10**6, 0.9999, True) == training.ema_decay(0, 0.9999, False) == 0.9999
+    ema = EMA("ema", 0.9999)
+    assert [ema.decay_at(step) for step in (0, 8)] == [2 / 11, 10 / 19]
+    assert ema.decay_at(10**6) == EMA("ema", 0.9999, warmup=False).decay_at(0) == 0.9999
 
 
 def test_the_learning_rate_rises_and_falls():
-    rates = [training.learning_rate(step, 30, 2.0, 10, "cosine") for step in (0, 4, 9, 10, 20, 30)]
+    rates = [learning_rate(step, 30, 2.0, 10, "cosine") for step in (0, 4, 9, 10, 20, 30)]
     np.testing.assert_allclose(rates, [0.2, 1.0, 2.0, 2.0, 1.0, 0.0], atol=1e-12)
-    assert training.learning_rate(500, 1000, 2.0, 10, "constant") == 2.0
+    assert learning_rate(500, 1000, 2.0, 10, "constant") == 2.0
 
 
 def test_what_is_random_belongs_to_the_place_in_the_global_batch():
     def draw(step, start, end, seed=0):
-        return training.draw_randomness(seed, step, 16, slice(start, end), (1, 8, 8), torch.device("cpu"))
+        return draw_randomness(seed, step, 16, slice(start, end), (1, 8, 8), torch.device("cpu"))
 
     whole = draw(3, 0, 16)
     for part, tensor in zip(draw(3, 4, 9), whole, strict=True):
@@ -164,7 +169,7 @@ def test_images_in_class_folders_through_an_autoencoder(path_type, prediction, s
     assert state["model"]["num_classes"] == 3 and state["model"]["in_channels"] == 4
     result = run("sample.py", "SDE", "--ckpt", folder, "--num-sampling-steps", 5, "--output", tmp_path / "grid.png")
     assert result.returncode == 0, result.stderr
-    assert "SDE Euler, 5 network calls per image (10 evaluations), guidance 4 on 4 of 4 channels" in result.stdout
+    assert "SDE Euler, 5 NFE (10 forward passes), guidance 4 on 4 of 4 channels" in result.stdout
     # The same weights start another run, in a folder numbered after the first.
     result = run("train.py", *arguments, "--results-dir", tmp_path / "results", "--init-from", folder)
     assert result.returncode == 0, result.stderr
@@ -188,7 +193,7 @@ def test_bad_images_stop_the_run_or_are_counted(tmp_path):
 def test_training_on_a_stream_for_any_number_of_ranks(tmp_path):
     import datasets
 
-    digits = data.open_source("digits").examples[:50]
+    digits = open_source("digits").examples[:50]
     features = datasets.Features({"img": datasets.Image(), "digit": datasets.Value("int64")})
     columns = {"img": [image for image, _ in digits], "digit": [label for _, label in digits]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "digits.parquet")
@@ -213,10 +218,10 @@ def test_weights_of_other_classes_and_sizes_start_a_run(digits_run, small_vae, t
     flags = [*TINY, "--data-path", images, "--vae", small_vae(latent_channels=1), "--image-size", 32, "--max-steps", 1]
     result = run("train.py", *flags, "--lr", 1e-9, "--output-dir", tmp_path / "run", "--init-from", digits_run)
     assert result.returncode == 0, result.stderr
-    assert "11 rows of class embeddings there, 3 here: they begin anew" in result.stdout
-    assert "16 tokens there, 64 here" in result.stdout
-    before = checkpoint.load_weights(digits_run).state_dict
-    after = checkpoint.load_weights(tmp_path / "run" / "checkpoint-1" / "model.safetensors").state_dict
+    assert "11 class embeddings in the weights, 3 here: they are initialised" in result.stdout
+    assert "16 tokens in the weights, 64 here" in result.stdout
+    before = load_weights(digits_run).state_dict
+    after = load_weights(tmp_path / "run" / "checkpoint-1" / "model.safetensors").state_dict
     for key in before.keys() - {"pos_embed", "y_embedder.embedding_table.weight"}:
         torch.testing.assert_close(after[key], before[key], atol=1e-6, rtol=0)
 
@@ -282,7 +287,7 @@ def test_the_loss_by_time_is_a_part_of_the_loss(tmp_path):
     assert result.returncode == 0, result.stderr
     (line,) = read_metrics(tmp_path)
     uniform = torch.cat(
-        [training.draw_randomness(0, step, 16, slice(0, 16), (1, 8, 8), torch.device("cpu"))[0] for step in range(5)]
+        [draw_randomness(0, step, 16, slice(0, 16), (1, 8, 8), torch.device("cpu"))[0] for step in range(5)]
     )
     shares = torch.histc(uniform, 10, 0, 1) / 80
     expected = sum(share.item() * value for share, value in zip(shares, line["loss_by_time"], strict=True) if share)
@@ -298,12 +303,12 @@ def test_samples_are_evaluated_during_training_by_all_ranks(processes, parallel,
     assert result.returncode == 0, result.stderr
     evaluations = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in evaluations] == [2, 4]
-    dataset = data.ImageDataset(data.open_source("digits"), 8, 1)
-    real = torch.stack([dataset[i, False][0] for i in range(1797)])
-    pixels = sampling.to_uint8(real).flatten(1).numpy() / 255
-    pipeline = sampling.load_pipeline(tmp_path, torch.device("cpu"))
-    labels = sampling.draw_labels(101, 10, 0, balanced=False).tolist()
-    images, _ = sampling.generate(pipeline, labels, **train.SAMPLED_HOW, cfg_scale=1.0, seed=0)
+    dataset = ImageDataset(open_source("digits"), 8, 1)
+    real = torch.stack([dataset[i, False]["images"] for i in range(1797)])
+    pixels = to_uint8(real).flatten(1).numpy() / 255
+    pipeline = load_pipeline(tmp_path, torch.device("cpu"))
+    labels = draw_labels(101, 10, 0, balanced=False).tolist()
+    images, _ = generate(pipeline, labels, SampleSettings("ODE", train.SOLVER))
     rows = images.flatten(1).numpy() / 255
     expected = metrics.frechet_distance(*metrics.moments(rows), *metrics.moments(pixels))
     assert evaluations[-1]["fd_pixels"] == pytest.approx(expected, rel=1e-3) and expected > 1
@@ -315,13 +320,13 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "model: SiT-XL/2" in result.stdout and "lr: 0.0001" in result.stdout
     assert "673,671,176 parameters" in result.stdout
-    assert "9,827 steps of 256 images = micro batch 64 x 1 ranks x accumulation 4" in result.stdout
-    assert "weights 2.51, gradients 2.51, optimizer 5.02, moving average 2.51" in result.stdout
+    assert "9,827 steps of 256 images = micro-batch 64 x 1 ranks x 4 gradient accumulation steps" in result.stdout
+    assert "weights 2.51, gradients 2.51, optimizer 5.02, EMA 2.51" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
 def test_trackers_are_asked_for_by_name(capsys, monkeypatch, tmp_path):
-    from test_options import fail
+    from test_command_line import fail
 
     for package in ("wandb", "tensorboard"):
         monkeypatch.setitem(sys.modules, {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[package], None)
@@ -346,10 +351,10 @@ def test_figures_and_grids_reach_the_trackers(tmp_path):
         def close(self):
             self.told.append("closed")
 
-    tracker = logs.TensorBoard(Writer, tmp_path, 7)
-    log = logs.RunLog(tmp_path, 7, [tracker])
+    tracker = TensorBoard(types.SimpleNamespace(SummaryWriter=Writer), tmp_path, 7, {})
+    log = RunLog(tmp_path, 7, [tracker])
     figures = dict(loss=1.5, gradient_norm=2.0, images_per_second=3.0, data_wait=0.1, mfu=None, bad_steps=0)
-    log.metrics(step=8, **figures, loss_by_time=[None, 0.5] + [None] * 8)
+    log.metrics(figures | dict(step=8, loss_by_time=[None, 0.5] + [None] * 8))
     log.grid(torch.zeros(6, 64, 64, 1, dtype=torch.uint8), 3, 8)
     log.close()
     told = tracker.writer.told
@@ -363,7 +368,7 @@ def test_figures_and_grids_reach_the_trackers(tmp_path):
 
 
 def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, capsys):
-    log = logs.RunLog(tmp_path, 0, [])
+    log = RunLog(tmp_path, 0, [])
     log.text.close()
     log.text = open("/dev/full", "a", buffering=1)
     log.line("one")

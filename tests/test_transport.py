@@ -30,7 +30,7 @@ def test_path_equals_golden(name):
         "d_sigma": path.d_sigma(T),
         "xt": xt,
         "ut": ut,
-        "score_from_velocity": path.velocity_to_score(OUTPUT, xt, T),
+        "score_from_velocity": path.noise_to_score(path.velocity_to_noise(OUTPUT, xt, T), xt, T),
         "noise_from_velocity": path.velocity_to_noise(OUTPUT, xt, T),
         "velocity_from_score": path.score_to_velocity(OUTPUT, xt, T),
         **{f"diffusion/{form}": path.diffusion(T, form) for form in FORMS},
@@ -49,6 +49,7 @@ def test_losses_equal_golden(name, prediction, weight):
     terms = transport.training_losses(lambda x, t: OUTPUT, X1, t=T, x0=X0)
     close_to_golden(terms["loss"], f"{name}/{prediction}/loss/{weight}")
     assert terms["pred"] is OUTPUT
+    close_to_golden(terms["xt"], f"{name}/xt")
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -90,7 +91,7 @@ def test_conversions_hold_for_the_true_pair_and_round_trip(name):
     score = -x0 / path.sigma(t)[:, None]
     close = dict(rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(path.velocity_to_noise(ut, xt, t), x0, **close)
-    torch.testing.assert_close(path.velocity_to_score(ut, xt, t), score, **close)
+    torch.testing.assert_close(path.noise_to_score(path.velocity_to_noise(ut, xt, t), xt, t), score, **close)
     torch.testing.assert_close(path.noise_to_velocity(x0, xt, t), ut, **close)
     torch.testing.assert_close(path.score_to_velocity(score, xt, t), ut, **close)
     torch.testing.assert_close(path.score_to_noise(path.noise_to_score(x0, xt, t), xt, t), x0, **close)

@@ -1,94 +1,132 @@
-"""Steppers, and nothing but steppers: ODEs by torchdiffeq, SDEs by Euler-Maruyama and Heun.
+"""Solvers: torchdiffeq's for ODEs, Euler-Maruyama and Heun for SDEs, and a table of each kind.
 
-They know functions of (x, t), a time grid and a state; interpolants, networks and guidance stay outside. A state is a
-tensor (N, ...) or, for ODEs, a tuple of such tensors; `times` is a 1-D tensor that increases or decreases.
+To add a solver, write one step and give it a row in `ODE_METHODS` or `SDE_METHODS`: name -> (step, NFE per step).
+
+    ODE:  step(velocity, x, t, dt)                                      dx = velocity(x, t) dt
+    SDE:  step(drift, diffusion, x, t, dt, noise, end_is_singular)      dx = drift(x, t) dt + sqrt(2 diffusion(t)) dW
+
+Both return x at t + dt. x is (N, ...); t and dt are 0-D tensors, in float64 where the device has it, and dt < 0 from
+data to noise; `noise` is standard normal, like x. Each call of `velocity` or `drift` is one evaluation of the model.
+- A step that remembers evaluations (a multistep method) is a class: each solve makes one by `Step(path, times)` and
+  calls it as above. `path` is the `Path`, with its alpha and sigma; `times` (T,) the grid of the solve.
+- NFE per step is None where it depends on the data.
+- An SDE step must not evaluate `drift` at t + dt if `end_is_singular`, which holds for the last step alone. NFE per
+  step above 1 means that this saves one evaluation.
 """
 
 import torch
 import torchdiffeq
 
-# Function evaluations per step. The Adams methods and the adaptive ones depend on the data and have no such number.
-FIXED_STEP_ODE_METHODS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
-ADAMS_ODE_METHODS = ("explicit_adams", "implicit_adams", "fixed_adams")
-ADAPTIVE_ODE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-ODE_METHODS = (*ADAPTIVE_ODE_METHODS, *FIXED_STEP_ODE_METHODS, *ADAMS_ODE_METHODS, "scipy_solver")
-SDE_METHODS = {"Euler": 1, "Heun": 2}
+
+def euler_maruyama_step(drift, diffusion, x, t, dt, noise, end_is_singular):
+    """Make one Euler-Maruyama step; weak order 1, one evaluation, at t."""
+    return x + drift(x, t) * dt + torch.sqrt(2 * diffusion(t) * dt) * noise
 
 
-def ode_integrate(velocity, x, times, *, method, atol, rtol, trajectory=False):
-    """Integrate dx/dt = velocity(x, t) over `times` and return the states (S, ...), the last of which is the end state.
+def heun_step(drift, diffusion, x, t, dt, noise, end_is_singular):
+    """Add the noise, then make a Heun step of the drift (Karras et al. 2022, algorithm 2); evaluations at t and t + dt.
+
+    At a singular end the second is left out, as Karras et al. do at zero noise (algorithm 1, line 6).
+    """
+    x = x + torch.sqrt(2 * diffusion(t) * dt) * noise
+    slope = drift(x, t)
+    if not end_is_singular:
+        slope = 0.5 * (slope + drift(x + slope * dt, t + dt))
+    return x + slope * dt
+
+
+SDE_METHODS = {"Euler": (euler_maruyama_step, 1), "Heun": (heun_step, 2)}
+
+# Methods that choose their own time steps, all of them torchdiffeq's.
+ADAPTIVE_ODE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+
+# A step of None: torchdiffeq integrates, by its method of the same name. Its Adams methods iterate until they converge.
+ODE_METHODS = {
+    **dict.fromkeys(ADAPTIVE_ODE_METHODS, (None, None)),
+    **{"euler": (None, 1), "midpoint": (None, 2), "heun2": (None, 2), "heun3": (None, 3), "rk4": (None, 4)},
+    **dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams"), (None, None)),
+}
+
+
+def ode_integrate(velocity, x, times, *, method, atol, rtol, path=None, trajectory=False):
+    """Integrate dx/dt = velocity(x, t) over `times` and return the states (S, N, ...), of which the last is the end.
 
     Args:
-        velocity: function of the state and a 0-D time tensor, returning the state's time derivative. It is never
-            called outside [min(times), max(times)], where a path may be singular.
-        x: the state at times[0].
-        times: (T,) the grid of the fixed-step methods. Adaptive methods use its two ends and choose their own steps.
-        method: one of ODE_METHODS.
+        velocity: function of the state and a 0-D time. It is never called outside [min(times), max(times)], where a
+            path may be singular.
+        x: the state at times[0]: a tensor (N, ...), or a tuple of them; then the result is a tuple, too.
+        times: (T,) the grid, increasing or decreasing. Adaptive methods use its two ends.
+        method: a name in ODE_METHODS.
         atol, rtol: tolerances of the adaptive methods.
-        trajectory: keep the states at all T times (S = T). Otherwise the first and the last (S = 2), so that memory
-            does not grow with T.
+        path: what a step that is a class is made with.
+        trajectory: keep all states (S = T). Otherwise the first and the last, so that memory does not grow with T.
 
-    Raises:
-        ValueError: an adaptive method cannot meet its tolerances.
+    Raises ValueError if an adaptive method cannot meet its tolerances.
     """
     low, high = times.min(), times.max()
 
-    def derivative(t, state):
+    def inside(x, t):
         # The adaptive solvers probe one point ahead to size their first step, wherever that may lie.
-        return velocity(state, t.clamp(low, high))
+        return velocity(x, t.clamp(low, high))
 
+    step, _ = ODE_METHODS[method]
+    if step is not None:
+        return _integrate_by(_for_this_solve(step, path, times), inside, x, times, trajectory)
     options = {}
-    if method in ADAPTIVE_ODE_METHODS:
+    if method not in ADAPTIVE_ODE_METHODS:
+        options["grid_constructor"] = lambda _derivative, _state, _ends: times
+    elif method != "scipy_solver":
         # Without it the last step passes the end, and the end state is interpolated from beyond.
         options["step_t"] = times[-1:]
         options["dtype"] = times.dtype
-    elif method != "scipy_solver":
-        options["grid_constructor"] = lambda _derivative, _state, _ends: times
-    ends = times if trajectory else times[[0, -1]]
+    settings = dict(method=method, atol=atol, rtol=rtol, options=options)
     try:
-        return torchdiffeq.odeint(derivative, x, ends, method=method, atol=atol, rtol=rtol, options=options)
+        return torchdiffeq.odeint(lambda t, x: inside(x, t), x, times if trajectory else times[[0, -1]], **settings)
     except AssertionError as error:  # how torchdiffeq says that its steps became too small
         problem = f"atol {atol:g} and rtol {rtol:g} are too tight, or the network's output is not finite"
         raise ValueError(f"{method} found no step that meets its tolerances ({error}): {problem}") from error
 
 
-def euler_maruyama_step(drift, diffusion, x, t, dt, noise):
-    """One step of dx = drift dt + sqrt(2 diffusion) dW; weak order 1, one evaluation of the drift."""
-    return x + drift(x, t) * dt + torch.sqrt(2 * diffusion(t) * dt) * noise
+def _for_this_solve(step, path, times):
+    return step(path, times) if isinstance(step, type) else step
 
 
-def heun_step(drift, diffusion, x, t, dt, noise, correct=True):
-    """One stochastic Heun step: add the step's noise, then a Heun step of the drift (Karras et al. 2022, algorithm 2).
+def _integrate_by(step, velocity, x, times, trajectory):
+    """Do the work of `ode_integrate` for a step of the table. The step sees a tuple as one tensor (N, D)."""
+    if isinstance(x, tuple):
+        states = _integrate_by(step, lambda y, t: _pack(velocity(_unpack(y, x), t)), _pack(x), times, trajectory)
+        return _unpack(states, x)
+    states = [x]
+    for t, end in zip(times[:-1], times[1:], strict=True):
+        x = step(velocity, x, t, end - t)
+        states = [*states, x] if trajectory else [states[0], x]
+    return torch.stack(states)
 
-    Two evaluations of the drift, the second at t + dt; with `correct` False that one is left out.
-    """
-    x = x + torch.sqrt(2 * diffusion(t) * dt) * noise
-    slope = drift(x, t)
-    if correct:
-        slope = 0.5 * (slope + drift(x + slope * dt, t + dt))
-    return x + slope * dt
+
+def _pack(parts):
+    """Join a tuple of tensors (N, ...) to one (N, D)."""
+    return torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
 
 
-def sde_integrate(drift, diffusion, x, times, *, method, randn_like, end_is_singular=False):
-    """Integrate dx = drift(x, t) dt + sqrt(2 diffusion(t)) dW over `times`; a generator of the states after each step.
+def _unpack(packed, parts):
+    """Split (..., N, D) into a tuple of (..., N, ...) in the shapes of `parts`."""
+    columns = packed.split([part[0].numel() for part in parts], dim=-1)
+    return tuple(c.reshape(*c.shape[:-1], *part.shape[1:]) for c, part in zip(columns, parts, strict=True))
+
+
+def sde_integrate(drift, diffusion, x, times, *, method, randn_like, path=None, end_is_singular=False):
+    """Integrate an SDE from x (N, ...) over `times` (T,), increasing; yield the state after each of the T - 1 steps.
 
     Args:
-        drift: function of the state (N, ...) and a 0-D time tensor.
-        diffusion: function of a 0-D time tensor, giving a 0-D tensor >= 0.
-        x: (N, ...) the state at times[0].
-        times: (T,) increasing grid; T - 1 steps.
-        method: 'Euler' or 'Heun'.
+        drift, diffusion: functions of (x, t) and of t, which is 0-D; the diffusion is a 0-D tensor >= 0.
+        method: a name in SDE_METHODS.
         randn_like: function that draws standard normal noise in the shape of its argument.
-        end_is_singular: the drift must not be evaluated at times[-1]. Euler never does; Heun leaves its last
-            corrector out, as Karras et al. do at zero noise (2022, algorithm 1, line 6).
+        path: what a step that is a class is made with.
+        end_is_singular: whether the drift must not be evaluated at times[-1].
     """
-    steps = len(times) - 1
-    for i in range(steps):
+    step = _for_this_solve(SDE_METHODS[method][0], path, times)
+    last = len(times) - 2
+    for i in range(last + 1):
         t, dt = times[i], times[i + 1] - times[i]
-        noise = randn_like(x)
-        if method == "Euler":
-            x = euler_maruyama_step(drift, diffusion, x, t, dt, noise)
-        else:
-            correct = not (end_is_singular and i == steps - 1)
-            x = heun_step(drift, diffusion, x, t, dt, noise, correct)
+        x = step(drift, diffusion, x, t, dt, randn_like(x), end_is_singular and i == last)
         yield x

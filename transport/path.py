@@ -16,9 +16,10 @@ import math
 
 import torch
 
-# w(t) of the SDE for a path and t, each described in `Path.diffusion`.
+# The shapes of the diffusion w(t); see `Path.diffusion`.
 DIFFUSION_FORMS = {
     "constant": lambda path, t: torch.ones_like(t),
+    # The reverse of the forward diffusion of score-based models; infinite where alpha(t) = 0.
     "SBDM": lambda path, t: path.sigma_wronskian(t) / path.alpha(t),
     "sigma": lambda path, t: path.sigma(t),
     "linear": lambda path, t: 1 - t,
@@ -39,37 +40,46 @@ def expand_like(t, x):
 
 
 class Path(abc.ABC):
-    """A path is alpha, sigma and their time derivatives; subclasses give those four and nothing else.
+    """A path is alpha, sigma and their time derivatives. To add one, write a subclass and name it in `PATHS`.
 
-    `starts_at_pure_noise` says whether alpha(0) = 0, where some conversions are singular.
     In the coefficient functions t is a tensor of any shape with values in [0, 1], and the result has t's shape and
     dtype. In all other methods x, x0, x1, velocity, score and noise are (N, ...) and t is (N,).
+
+    Attributes:
+        singular_at_noise: whether alpha(0) = 0, where noise and score say nothing of the velocity. Time intervals then
+            keep an eps from t = 0, as they do from t = 1.
+        finite_derivatives: whether d_alpha and d_sigma are finite on [0, 1]. Otherwise velocity predictions need an
+            eps, as noise and score predictions always do.
+        default_train_eps, default_sample_eps: the eps where one is needed and the user gives none.
     """
 
-    starts_at_pure_noise = True
+    singular_at_noise = True
+    finite_derivatives = True
+    default_train_eps = 1e-3
+    default_sample_eps = 1e-3
 
     @abc.abstractmethod
     def alpha(self, t):
-        """Coefficient of the data."""
+        """Return the coefficient of the data."""
 
     @abc.abstractmethod
     def sigma(self, t):
-        """Coefficient of the noise."""
+        """Return the coefficient of the noise."""
 
     @abc.abstractmethod
     def d_alpha(self, t):
-        """Time derivative of alpha."""
+        """Return the time derivative of alpha."""
 
     @abc.abstractmethod
     def d_sigma(self, t):
-        """Time derivative of sigma."""
+        """Return the time derivative of sigma."""
 
     def wronskian(self, t):
-        """d_alpha sigma - alpha d_sigma, positive for 0 < t < 1: how fast data displaces noise along the path."""
+        """Return d_alpha sigma - alpha d_sigma, which is positive for 0 < t < 1: how fast data displaces noise."""
         return self.d_alpha(t) * self.sigma(t) - self.alpha(t) * self.d_sigma(t)
 
     def sigma_wronskian(self, t):
-        """sigma times `wronskian`, a function of its own because it is finite where d_sigma is not (VP, t = 1)."""
+        """Return sigma times `wronskian`. Override it where it is finite though d_sigma is not (VP, t = 1)."""
         return self.sigma(t) * self.wronskian(t)
 
     def interpolate(self, t, x0, x1):
@@ -80,46 +90,33 @@ class Path(abc.ABC):
         return xt, ut
 
     def velocity_to_noise(self, velocity, x, t):
-        """E[x0 | x_t = x] from E[d x_t / dt | x_t = x]."""
+        """Return E[x0 | x_t = x] from E[d x_t / dt | x_t = x]."""
         t = expand_like(t, x)
         return (self.d_alpha(t) * x - self.alpha(t) * velocity) / self.wronskian(t)
 
     def noise_to_velocity(self, noise, x, t):
-        """Inverse of `velocity_to_noise`; singular where alpha(t) = 0."""
+        """Invert `velocity_to_noise`; singular where alpha(t) = 0."""
         t = expand_like(t, x)
         return (self.d_alpha(t) * x - self.wronskian(t) * noise) / self.alpha(t)
 
     def noise_to_score(self, noise, x, t):
-        """grad_x log p_t(x) = -E[x0 | x_t = x] / sigma; singular where sigma(t) = 0."""
+        """Return grad_x log p_t(x) = -E[x0 | x_t = x] / sigma; singular where sigma(t) = 0."""
         return -noise / self.sigma(expand_like(t, x))
 
     def score_to_noise(self, score, x, t):
-        """Inverse of `noise_to_score`."""
+        """Invert `noise_to_score`."""
         return -self.sigma(expand_like(t, x)) * score
 
-    def velocity_to_score(self, velocity, x, t):
-        """Score from velocity; singular where sigma(t) = 0."""
-        return self.noise_to_score(self.velocity_to_noise(velocity, x, t), x, t)
-
     def score_to_velocity(self, score, x, t):
-        """Velocity from score: the drift of the probability-flow ODE; singular where alpha(t) = 0."""
+        """Return the velocity, the drift of the probability-flow ODE, from the score; singular where alpha(t) = 0."""
         t = expand_like(t, x)
         return (self.d_alpha(t) * x + self.sigma_wronskian(t) * score) / self.alpha(t)
 
     def diffusion(self, t, form, norm=1.0):
-        """Diffusion coefficient w(t) of the SDE dx = (velocity + w score) dt + sqrt(2 w) dW, as in the official code.
+        """Return w(t), the diffusion of the SDE dx = (velocity + w score) dt + sqrt(2 w) dW, as in the official code.
 
         The paper writes w / 2 and sqrt(w), so this w is half of the paper's. Any w >= 0 leaves the path's marginals
-        unchanged; `form` chooses its shape and `norm` its scale:
-            constant                1
-            SBDM                    sigma wronskian / alpha, which makes the SDE the reverse of the forward diffusion of
-                                    score-based models; infinite where alpha(t) = 0
-            sigma                   sigma
-            linear                  1 - t
-            decreasing              (cos(pi t) + 1)^2 / 4
-            increasing-decreasing   sin(pi t)^2
-
-        `t` may have any shape; the result has the same. Raises ValueError for an unknown form.
+        unchanged; `form`, a name in DIFFUSION_FORMS, chooses its shape and `norm` its scale. The result is like t.
         """
         check_choice("diffusion form", form, DIFFUSION_FORMS)
         return norm * DIFFUSION_FORMS[form](self, t)
@@ -161,10 +158,12 @@ class VPPath(Path):
     """Variance preserving diffusion of Song et al. (2021) with linear beta, run from noise to data.
 
     log alpha = -(1-t)^2 (beta_max - beta_min) / 4 - (1-t) beta_min / 2 and sigma = sqrt(1 - alpha^2). alpha(0) = 0.0066
-    is small, not zero, so noise at t = 0 is N(0, I) to that precision; d_sigma is infinite at t = 1.
+    is small but not zero, so x_0 is N(0, I) to that precision; d_sigma is infinite at t = 1.
     """
 
-    starts_at_pure_noise = False
+    singular_at_noise = False
+    finite_derivatives = False
+    default_train_eps = 1e-5
 
     def __init__(self, beta_min=0.1, beta_max=20.0):
         self.beta_min = beta_min

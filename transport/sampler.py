@@ -1,10 +1,10 @@
-"""Puts an ODE, an SDE or a likelihood together: a transport, a stepper, and a time grid."""
+"""Samplers: a transport, a solver and a time grid make an ODE, an SDE or a likelihood."""
 
 import math
 
 import torch
 
-from .integrators import FIXED_STEP_ODE_METHODS, ODE_METHODS, SDE_METHODS, ode_integrate, sde_integrate
+from .integrators import ODE_METHODS, SDE_METHODS, ode_integrate, sde_integrate
 from .path import DIFFUSION_FORMS, check_choice
 
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
@@ -14,10 +14,19 @@ class Sampler:
     """Makes sampling functions for one transport.
 
     Each method returns a function `fn(x, model, **model_kwargs)` of the initial state x (N, ...), float32 or float64 on
-    any device, and a model as `Transport` describes it. Sampling needs no gradients and records none.
+    any device, and a model as `Transport` describes it. Sampling needs no gradients and records none. `fn.nfe` is the
+    number of evaluations of the model per solve; None where the solver decides as it goes.
 
-    `num_steps` counts time points, both ends included. The number of network calls that follows from it is the
-    attribute `network_calls` of the returned function; None where the solver decides as it goes.
+    Args of the methods:
+        sampling_method: a name in `ODE_METHODS` or `SDE_METHODS`.
+        num_steps: time points, both ends included; adaptive methods choose their own steps.
+        time_shift: above 1, more of the time points lie near the noise; see `shifted`. Adaptive methods ignore it.
+        atol, rtol: tolerances of the adaptive methods. The error is measured as its root mean square over the whole
+            batch, so their steps, and within the tolerances the result, depend on what else is in the batch.
+        trajectory: return every state, (S, N, ...), not the end state alone, (1, N, ...). `fn(...)[-1]` is the end
+            state either way.
+
+    Raises ValueError for settings out of range, and for a `sample_eps` that leaves the drift singular.
     """
 
     def __init__(self, transport):
@@ -34,40 +43,22 @@ class Sampler:
         time_shift=1.0,
         trajectory=False,
     ):
-        """Sample by the probability-flow ODE dx/dt = velocity(x, t).
+        """Sample by the probability-flow ODE dx/dt = velocity(x, t). With `trajectory`, S = num_steps.
 
         Args:
-            sampling_method: one of `ODE_METHODS`, torchdiffeq's names.
-            num_steps: time points of the fixed-step methods; the adaptive ones choose their own steps.
-            atol, rtol: tolerances of the adaptive methods. The error is measured as its root mean square over the whole
-                batch, so their steps, and within the tolerances the result, depend on what else is in the batch.
             reverse: integrate from data to noise, over the same interval.
-            time_shift: above 1, put more of the fixed-step methods' points where there is noise; see `shifted`.
-            trajectory: keep every time point, not the end state alone.
-
-        Returns:
-            `fn(x, model, **model_kwargs)` -> (S, N, ...): S = 1, the end state, or with `trajectory` S = num_steps,
-            the first being x. `fn(...)[-1]` is the end state either way.
         """
-        check_choice("sampling method", sampling_method, ODE_METHODS)
-        _check_grid(num_steps, time_shift)
-        t0, t1 = self.transport.ode_interval()
-        self._check_regular(t0, t1)
+        t0, t1 = self._ode_interval(sampling_method, num_steps, time_shift)
+        solver = dict(method=sampling_method, atol=atol, rtol=rtol, path=self.transport.path, trajectory=trajectory)
 
         @torch.no_grad()
         def sample(x, model, **model_kwargs):
-            def velocity(x, t):
-                t = _per_sample(t, x)
-                return self.transport.velocity(model(x, t, **model_kwargs), x, t)
-
             times = _time_grid(t0, t1, num_steps, x, time_shift)
             times = times.flip(0) if reverse else times
-            states = ode_integrate(
-                velocity, x, times, method=sampling_method, atol=atol, rtol=rtol, trajectory=trajectory
-            )
+            states = ode_integrate(self._drift(model, model_kwargs), x, times, **solver)
             return states if trajectory else states[-1:].clone()  # a view would keep the initial state alive
 
-        sample.network_calls = _ode_network_calls(sampling_method, num_steps)
+        sample.nfe = _nfe(ODE_METHODS[sampling_method], num_steps)
         return sample
 
     def sample_sde(
@@ -85,91 +76,48 @@ class Sampler:
     ):
         """Sample by the SDE dx = (velocity + w score) dt + sqrt(2 w) dW, from noise to data.
 
-        Args:
-            sampling_method: 'Euler' (Euler-Maruyama) or 'Heun'.
-            diffusion_form, diffusion_norm: the shape and scale of w; see `Path.diffusion`.
-            last_step: how to get from t = 1 - last_step_size to 1, where the score is singular: 'Mean' (the drift of
-                the SDE, no noise), 'Tweedie' (the posterior mean), 'Euler' (the velocity of the ODE), or None: the SDE
-                is integrated to the end of the interval and stops there.
-            last_step_size: in (0, 1); of no effect without a last step. A larger `sample_eps` that was given takes its
-                place.
-            num_steps: time points of the SDE; the last step comes on top.
-            time_shift: above 1, put more of them where there is noise; see `shifted`.
-            trajectory: keep every state, not the end state alone.
-            randn_like: draws the noise of a step in the shape of its argument.
+        With `trajectory`, S = num_steps, and one more for the last step, which comes on top of `num_steps`.
 
-        Returns:
-            `fn(x, model, **model_kwargs)` -> (S, N, ...): S = 1, the end state, or with `trajectory` x, the state
-            after each of the num_steps - 1 steps and, if there is one, after the last step.
+        Args:
+            diffusion_form, diffusion_norm: the shape and scale of w; see `Path.diffusion`.
+            last_step: how to get from t = 1 - last_step_size to 1, where the score is singular; see `_last_step`. None:
+                the SDE is integrated to the end of the interval and stops there.
+            last_step_size: in (0, 1). A larger `sample_eps` that was given takes its place.
+            randn_like: draws the noise of a step in the shape of its argument.
         """
-        check_choice("sampling method", sampling_method, tuple(SDE_METHODS))
-        check_choice("diffusion form", diffusion_form, DIFFUSION_FORMS)
-        check_choice("last step", last_step, LAST_STEPS)
+        check_choice("sampling method", sampling_method, SDE_METHODS)
         _check_grid(num_steps, time_shift)
-        if not 0 <= diffusion_norm < math.inf:
-            raise ValueError(f"diffusion norm must be a number of 0 or more, not {diffusion_norm}")
-        if last_step is not None and not 0 < last_step_size < 1:
-            raise ValueError(f"last step size must lie between 0 and 1, not {last_step_size}")
-        path, transport = self.transport.path, self.transport
-        t0, t1 = transport.sde_interval(diffusion_form, 0.0 if last_step is None else last_step_size)
-        if t0 >= t1:
-            raise ValueError(f"last step size {last_step_size} leaves nothing of the interval that begins at {t0}")
-        end_is_singular = last_step is None and t1 == 1
-        self._check_regular(t0, None if end_is_singular else t1, diffusion_form)
+        t0, t1, singular = self._sde_interval(diffusion_form, diffusion_norm, last_step, last_step_size)
+        solver = dict(method=sampling_method, path=self.transport.path, randn_like=randn_like, end_is_singular=singular)
 
         def diffusion(t):
-            return path.diffusion(t, diffusion_form, diffusion_norm)
+            return self.transport.path.diffusion(t, diffusion_form, diffusion_norm)
 
         @torch.no_grad()
         def sample(x, model, **model_kwargs):
-            def drift(x, t):
-                t_batch = _per_sample(t, x)
-                output = model(x, t_batch, **model_kwargs)
-                velocity = transport.velocity(output, x, t_batch)
-                return velocity + diffusion(t).to(x.dtype) * transport.score(output, x, t_batch)
-
+            drift = self._drift(model, model_kwargs, diffusion)
             times = _time_grid(t0, t1, num_steps, x, time_shift)
             states = [x]
-
-            def keep(state):
-                states[:] = [*states, state] if trajectory else [state]
-
-            steps = dict(method=sampling_method, randn_like=randn_like, end_is_singular=end_is_singular)
-            for state in sde_integrate(drift, diffusion, x, times, **steps):
-                keep(state)
+            for state in sde_integrate(drift, diffusion, x, times, **solver):
+                states = [*states, state] if trajectory else [state]
             if last_step is not None:
-                keep(self._last_step(last_step, drift, states[-1], times[-1], model, model_kwargs))
+                state = self._last_step(last_step, drift, states[-1], times[-1], model, model_kwargs)
+                states = [*states, state] if trajectory else [state]
             return torch.stack(states)
 
-        sample.network_calls = (
-            SDE_METHODS[sampling_method] * (num_steps - 1)
-            + (last_step is not None)
-            - (sampling_method == "Heun" and end_is_singular)
-        )
+        sample.nfe = _nfe(SDE_METHODS[sampling_method], num_steps, singular, last_step is not None)
         return sample
-
-    def _last_step(self, kind, drift, x, t, model, model_kwargs):
-        """From time t to 1 in one step without noise; one network call."""
-        if kind == "Mean":
-            return x + drift(x, t) * (1 - t)
-        t_batch = _per_sample(t, x)
-        output = model(x, t_batch, **model_kwargs)
-        if kind == "Euler":
-            return x + self.transport.velocity(output, x, t_batch) * (1 - t)
-        alpha, sigma = self.transport.path.alpha(t), self.transport.path.sigma(t)
-        return (x - sigma * self.transport.noise(output, x, t_batch)) / alpha
 
     def sample_ode_likelihood(
         self, *, sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3, num_probes=1, probe_like=None
     ):
-        """Log-likelihood of data by the instantaneous change of variables (Chen et al. 2018; Song et al. 2021, eq. 39).
+        """Compute log p(x) by the instantaneous change of variables (Chen et al. 2018; Song et al. 2021, eq. 39).
 
         The divergence is Hutchinson's estimate with Rademacher probes, drawn once per solve, so that the adaptive
         solvers integrate a smooth function.
 
         Args:
-            sampling_method, num_steps, atol, rtol: as in `sample_ode`.
-            num_probes: probes per sample, over which the estimate is averaged; each costs a backward pass per call.
+            num_probes: probes per sample, over which the estimate is averaged; each costs a backward pass per NFE.
             probe_like: draws one probe in the shape of its argument; None: -1 or 1 from PyTorch's global generator.
 
         Returns:
@@ -177,12 +125,10 @@ class Sampler:
             noise (N, ...) that x is carried to. Works whatever the grad mode outside, inference mode included (for a
             model whose parameters were not made in it); the result carries no gradient.
         """
-        check_choice("sampling method", sampling_method, ODE_METHODS)
-        _check_grid(num_steps)
+        t0, t1 = self._ode_interval(sampling_method, num_steps)
         if num_probes < 1 or num_probes != int(num_probes):
             raise ValueError(f"num_probes must be an integer of 1 or more, not {num_probes}")
-        t0, t1 = self.transport.ode_interval()
-        self._check_regular(t0, t1)
+        solver = dict(method=sampling_method, atol=atol, rtol=rtol, path=self.transport.path)
 
         # Tensors made in inference mode can never enter a graph, so it is left, and what was made in it is copied.
         @torch.inference_mode(False)
@@ -190,76 +136,105 @@ class Sampler:
         def log_likelihood(x, model, **model_kwargs):
             x = _usable_by_autograd(x)
             model_kwargs = {key: _usable_by_autograd(value) for key, value in model_kwargs.items()}
+            velocity = self._drift(model, model_kwargs)
             probes = [(probe_like or _rademacher_like)(x) for _ in range(num_probes)]
 
             def velocity_and_divergence(state, t):
-                x = state[0].detach()
-                t = _per_sample(t, x)
-                with torch.enable_grad():
-                    x.requires_grad_()
-                    velocity = self.transport.velocity(model(x, t, **model_kwargs), x, t)
-                    divergence = 0
-                    for i, probe in enumerate(probes, 1):
-                        projection = (velocity * probe + 0 * x).sum()
-                        (product,) = torch.autograd.grad(projection, x, retain_graph=i < num_probes)
-                        divergence = divergence + (product * probe).flatten(1).sum(1) / num_probes
-                return velocity.detach(), divergence
+                return _with_divergence(velocity, state[0], t, probes)
 
-            z, change = ode_integrate(
-                velocity_and_divergence,
-                (x, x.new_zeros(len(x))),
-                _time_grid(t0, t1, num_steps, x).flip(0),
-                method=sampling_method,
-                atol=atol,
-                rtol=rtol,
-            )
+            times = _time_grid(t0, t1, num_steps, x).flip(0)
+            z, change = ode_integrate(velocity_and_divergence, (x, x.new_zeros(len(x))), times, **solver)
             return self.transport.prior_logp(z[-1]) + change[-1], z[-1]
 
-        log_likelihood.network_calls = _ode_network_calls(sampling_method, num_steps)
+        log_likelihood.nfe = _nfe(ODE_METHODS[sampling_method], num_steps)
         return log_likelihood
 
-    def _check_regular(self, t0, t1, diffusion_form=None):
-        """Raise ValueError where the drift is singular at t0 or t1, as a sample_eps that the user gave can make it."""
-        for t in (t0, t1):
-            if t is None:
-                continue
-            t, one = torch.tensor([t], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-            drift = self.transport.velocity(one, one, t)
-            if diffusion_form is not None:
-                diffusion = self.transport.path.diffusion(t, diffusion_form)
-                drift = drift + diffusion * (1 + self.transport.score(one, one, t))
-            if not torch.isfinite(drift).all():
-                what = f"prediction {self.transport.prediction!r}"
-                what += "" if diffusion_form is None else f" with the diffusion form {diffusion_form!r}"
+    def _ode_interval(self, sampling_method, num_steps, time_shift=1.0):
+        """Check an ODE's settings and return the interval (t0, t1) over which it is integrated."""
+        check_choice("sampling method", sampling_method, ODE_METHODS)
+        _check_grid(num_steps, time_shift)
+        t0, t1 = self.transport.ode_interval()
+        self._check_regular([t0, t1])
+        return t0, t1
+
+    def _sde_interval(self, diffusion_form, diffusion_norm, last_step, last_step_size):
+        """Check an SDE's settings and return its interval t0, t1, and whether its end must not be evaluated."""
+        check_choice("diffusion form", diffusion_form, DIFFUSION_FORMS)
+        check_choice("last step", last_step, LAST_STEPS)
+        if not 0 <= diffusion_norm < math.inf:
+            raise ValueError(f"diffusion norm must be a number of 0 or more, not {diffusion_norm}")
+        if last_step is not None and not 0 < last_step_size < 1:
+            raise ValueError(f"last step size must lie between 0 and 1, not {last_step_size}")
+        t0, t1 = self.transport.sde_interval(diffusion_form, 0.0 if last_step is None else last_step_size)
+        if t0 >= t1:
+            raise ValueError(f"last step size {last_step_size} leaves nothing of the interval that begins at {t0}")
+        singular = last_step is None and t1 == 1
+        self._check_regular([t0] if singular else [t0, t1], diffusion_form)
+        return t0, t1, singular
+
+    def _check_regular(self, ends, diffusion_form=None):
+        """Raise ValueError where the drift is singular at an end, as a sample_eps that the user gave can make it."""
+        for t in ends:
+            if not self.transport.is_regular(t, diffusion_form):
+                form = "" if diffusion_form is None else f" with the diffusion form {diffusion_form!r}"
                 raise ValueError(
-                    f"sample_eps = {self.transport.sample_eps} evaluates the drift at t = {t.item():g}, where it is "
-                    f"singular for {what} on this path; use one above 0, such as 1e-3"
+                    f"sample_eps = {self.transport.sample_eps} evaluates the drift at t = {t:g}, where it is singular "
+                    f"for prediction {self.transport.prediction!r}{form} on this path; use one above 0, such as 1e-3"
                 )
 
+    def _drift(self, model, model_kwargs, diffusion=None):
+        """Return velocity(x, t), or velocity + diffusion(t) score, as a function of x (N, ...) and a 0-D time."""
 
-def _check_grid(num_steps, time_shift=1.0):
+        def drift(x, t):
+            t_batch = _per_sample(t, x)
+            output = model(x, t_batch, **model_kwargs)
+            velocity = self.transport.velocity(output, x, t_batch)
+            if diffusion is None:
+                return velocity
+            return velocity + diffusion(t).to(x.dtype) * self.transport.score(output, x, t_batch)
+
+        return drift
+
+    def _last_step(self, kind, drift, x, t, model, model_kwargs):
+        """Go from time t to 1 in one step without noise and one NFE.
+
+        By 'Mean', the drift of the SDE; 'Euler', the velocity of the ODE; or 'Tweedie', the posterior mean of the data.
+        """
+        if kind == "Mean":
+            return x + drift(x, t) * (1 - t)
+        if kind == "Euler":
+            return x + self._drift(model, model_kwargs)(x, t) * (1 - t)
+        t_batch = _per_sample(t, x)
+        noise = self.transport.noise(model(x, t_batch, **model_kwargs), x, t_batch)
+        return (x - self.transport.path.sigma(t) * noise) / self.transport.path.alpha(t)
+
+
+def _check_grid(num_steps, time_shift):
     if not 0 < time_shift < math.inf:
         raise ValueError(f"time_shift must be a number above 0, not {time_shift}")
     if num_steps < 2 or num_steps != int(num_steps):
         raise ValueError(f"num_steps counts both ends of the interval: an integer of 2 or more, not {num_steps}")
 
 
-def _ode_network_calls(sampling_method, num_steps):
-    calls_per_step = FIXED_STEP_ODE_METHODS.get(sampling_method)
-    return None if calls_per_step is None else calls_per_step * (num_steps - 1)
+def _nfe(row, num_steps, end_is_singular=False, has_last_step=False):
+    """Return the NFE of a solve by a row (step, NFE per step) of a table of solvers; None where they depend on data."""
+    _, per_step = row
+    if per_step is None:
+        return None
+    return per_step * (num_steps - 1) - (end_is_singular and per_step > 1) + has_last_step
 
 
 def shifted(u, shift):
-    """Map u in [0, 1] to itself, points moved to the noise by a shift above 1: u / (u + shift (1 - u)).
+    """Map u in [0, 1] to itself; a shift above 1 moves points towards the noise: u / (u + shift (1 - u)).
 
-    Larger images hide less of themselves in the same noise, so a grid for them begins slower; the noise level 1 - u
-    goes to shift (1 - u) / (1 + (shift - 1) (1 - u)) (Esser et al. 2024, eq. 23).
+    The same noise hides less of a larger image, so its grid needs more steps there. The noise level 1 - u goes to
+    shift (1 - u) / (1 + (shift - 1) (1 - u)) (Esser et al. 2024, eq. 23).
     """
     return u / (u + shift * (1 - u))
 
 
 def _time_grid(t0, t1, num_steps, x, shift=1.0):
-    """Times (num_steps,) from t0 to t1, even but for the shift, in double precision where x's device has it."""
+    """Return times (num_steps,) from t0 to t1, even but for the shift, in float64 where x's device has it."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     times = torch.linspace(t0, t1, num_steps, dtype=dtype, device=x.device)
     if shift != 1:
@@ -268,8 +243,21 @@ def _time_grid(t0, t1, num_steps, x, shift=1.0):
 
 
 def _per_sample(t, x):
-    """A 0-D time as the vector (N,) in x's dtype that networks take."""
+    """Return a 0-D time as the vector (N,) in x's dtype that networks take."""
     return t.to(x.dtype).repeat(len(x))
+
+
+def _with_divergence(velocity, x, t, probes):
+    """Return velocity(x, t) (N, ...) and Hutchinson's estimate of its divergence (N,), averaged over the probes."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = velocity(x, t)
+        divergence = 0
+        for i, probe in enumerate(probes, 1):
+            projection = (value * probe + 0 * x).sum()  # 0 * x, for a velocity that does not depend on x
+            (product,) = torch.autograd.grad(projection, x, retain_graph=i < len(probes))
+            divergence = divergence + (product * probe).flatten(1).sum(1) / len(probes)
+    return value.detach(), divergence
 
 
 def _rademacher_like(x):

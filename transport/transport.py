@@ -4,55 +4,91 @@ import math
 
 import torch
 
-from .path import expand_like
+from .path import PATHS, check_choice, expand_like
 
 PREDICTIONS = ("velocity", "score", "noise")
 LOSS_WEIGHTS = (None, "velocity", "likelihood")
 
 
+def create_transport(path_type="Linear", prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
+    """Make the `Transport` that trains and samples a network; `path_type` is a name in `PATHS`.
+
+    Raises:
+        ValueError: an unknown name, or an eps out of range; the message lists what is allowed.
+    """
+    check_choice("path type", path_type, PATHS)
+    return Transport(PATHS[path_type](), prediction, loss_weight, train_eps, sample_eps)
+
+
 def logit_normal(uniform, mean=0.0, std=1.0):
     """Map uniform random numbers in [0, 1) to logit-normal ones: sigmoid(mean + std z), z ~ N(0, 1).
 
-    As times of training (Esser et al. 2024) they are more often in the middle of a path than at its ends; a mean above
-    0 is closer to the data.
+    As training times (Esser et al. 2024) they lie in the middle of a path more often than at its ends; a mean above 0
+    moves them towards the data.
     """
     return torch.sigmoid(mean + std * torch.special.ndtri(uniform))
 
 
 class Transport:
-    """A path together with a prediction target; made by `create_transport`, which documents the arguments.
+    """A path together with a prediction target.
 
     A model is any function `model(x, t, **model_kwargs)` of x (N, ...) and t (N,) in [0, 1] that returns x's shape.
+
+    Args:
+        path: a `Path`.
+        prediction: what the network predicts: 'velocity', 'score' or 'noise'.
+        loss_weight: None, 'velocity' or 'likelihood': weight over time of score and noise losses. It has no effect on
+            the velocity loss, as in the official code.
+        train_eps, sample_eps: in [0, 0.5): how far training times and sampling stay from the singular ends of [0, 1]:
+            both ends, or the data end alone if the path is not `singular_at_noise`. None: the path's default; 0 for
+            velocity if the path has `finite_derivatives`. Each is used as given, whether or not the other is.
+
+    Raises:
+        ValueError: an unknown name, or an eps out of range; the message lists what is allowed.
     """
 
-    def __init__(self, path, prediction, loss_weight, train_eps, sample_eps, default_train_eps, default_sample_eps):
+    def __init__(self, path, prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("loss weight", loss_weight, LOSS_WEIGHTS)
+        for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
+            if eps is not None and not 0 <= eps < 0.5:
+                raise ValueError(f"{name} must lie in [0, 0.5), not {eps}")
         self.path = path
         self.prediction = prediction
         self.loss_weight = loss_weight
-        self.train_eps = default_train_eps if train_eps is None else train_eps
-        self.sample_eps = default_sample_eps if sample_eps is None else sample_eps
+        needs_eps = prediction != "velocity" or not path.finite_derivatives
+        self.train_eps = (path.default_train_eps if needs_eps else 0.0) if train_eps is None else train_eps
+        self.sample_eps = (path.default_sample_eps if needs_eps else 0.0) if sample_eps is None else sample_eps
         self.sample_eps_is_default = sample_eps is None
 
     def _start(self, eps):
-        """Where an interval that keeps `eps` off the singular ends begins: VP is singular at the data end alone."""
-        return eps if self.path.starts_at_pure_noise else 0.0
+        return eps if self.path.singular_at_noise else 0.0
 
     def train_interval(self):
-        """(t0, t1) between which training draws its times."""
+        """Return (t0, t1), between which training draws its times."""
         return self._start(self.train_eps), 1 - self.train_eps
 
     def ode_interval(self):
-        """(t0, t1) over which the probability-flow ODE is integrated."""
+        """Return (t0, t1), over which the probability-flow ODE is integrated."""
         return self._start(self.sample_eps), 1 - self.sample_eps
 
     def sde_interval(self, diffusion_form, last_step_size):
-        """(t0, t1) over which the SDE is integrated; a last step of `last_step_size` (or 0: none) goes on from t1."""
+        """Return (t0, t1), over which the SDE is integrated; a last step of `last_step_size` (0: none) follows."""
         start = self.sample_eps
-        if self.sample_eps_is_default and diffusion_form == "SBDM":
-            start = max(start, 1e-3)  # its diffusion is infinite where alpha = 0
-        # With a last step nothing is evaluated beyond it, so the default eps, which keeps off the end, has no say.
+        if self.sample_eps_is_default and not self.is_regular(0.0, diffusion_form):
+            # The diffusion may be infinite at pure noise (SBDM), or the score of a velocity 0 / 0 (wronskian(0) = 0).
+            start = max(start, self.path.default_sample_eps)
+        # With a last step nothing is evaluated after t1, so the default eps, which keeps off the end, is not needed.
         end = last_step_size if last_step_size and self.sample_eps_is_default else max(self.sample_eps, last_step_size)
         return self._start(start), 1 - end
+
+    def is_regular(self, t, diffusion_form=None):
+        """Return whether the drift at time t is finite: that of the ODE, or of the SDE with a diffusion form."""
+        t, one = torch.tensor([t], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        drift = self.velocity(one, one, t)
+        if diffusion_form is not None:
+            drift = drift + self.path.diffusion(t, diffusion_form) * (1 + self.score(one, one, t))
+        return bool(torch.isfinite(drift).all())
 
     def times(self, uniform):
         """Map uniform random numbers in [0, 1) to training times, any shape."""
@@ -66,16 +102,16 @@ class Transport:
         return t, x0, x1
 
     def training_losses(self, model, x1, model_kwargs=None, *, t=None, x0=None):
-        """Loss of each sample: the squared error of velocity, noise, or sigma times score, the last two weighted.
+        """Compute the loss of each sample: the squared error of velocity or, weighted, of noise or sigma times score.
 
         Args:
             model: see the class.
             x1: (N, ...) data, float32 or float64.
             model_kwargs: further arguments of the model, such as dict(y=labels).
-            t, x0: times (N,) and noise like x1, for callers that draw their own; both or none.
+            t, x0: times (N,) and noise like x1, for callers that draw them; both or none.
 
         Returns:
-            dict: 'loss' (N,), the mean over all but the first dimension, and 'pred', the model's output.
+            dict: 'loss' (N,), the mean over all else; 'pred' and 'xt' (N, ...), the model's output and its input.
         """
         if (t is None) != (x0 is None):
             raise ValueError("give both t and x0, or none of them")
@@ -94,10 +130,10 @@ class Transport:
         loss = (error**2).flatten(1).mean(1)
         if self.prediction != "velocity":
             loss = self._weight(t) * loss
-        return {"loss": loss, "pred": pred}
+        return {"loss": loss, "pred": pred, "xt": xt}
 
     def _weight(self, t):
-        """Weight (N,) of noise and score losses, both of which are squared errors of x0."""
+        """Return the weight (N,) of noise and score losses, both of which are squared errors of x0."""
         alpha, sigma, wronskian = self.path.alpha(t), self.path.sigma(t), self.path.wronskian(t)
         if self.loss_weight == "velocity":
             return (wronskian / alpha) ** 2
@@ -106,7 +142,7 @@ class Transport:
         return torch.ones_like(t)
 
     def velocity(self, output, x, t):
-        """Velocity of the probability-flow ODE (N, ...) from a model's output at x (N, ...), t (N,)."""
+        """Return the velocity (N, ...) of the probability-flow ODE from a model's output at x (N, ...), t (N,)."""
         if self.prediction == "velocity":
             return output
         if self.prediction == "noise":
@@ -114,7 +150,7 @@ class Transport:
         return self.path.score_to_velocity(output, x, t)
 
     def noise(self, output, x, t):
-        """E[x0 | x_t = x] (N, ...) from a model's output at x (N, ...), t (N,)."""
+        """Return E[x0 | x_t = x] (N, ...) from a model's output at x (N, ...), t (N,)."""
         if self.prediction == "velocity":
             return self.path.velocity_to_noise(output, x, t)
         if self.prediction == "noise":
@@ -122,12 +158,12 @@ class Transport:
         return self.path.score_to_noise(output, x, t)
 
     def score(self, output, x, t):
-        """Score (N, ...) from a model's output at x (N, ...), t (N,)."""
+        """Return the score (N, ...) from a model's output at x (N, ...), t (N,)."""
         if self.prediction == "score":
             return output
         return self.path.noise_to_score(self.noise(output, x, t), x, t)
 
     def prior_logp(self, x0):
-        """Log density of noise x0 (N, ...) under N(0, I), in nats: (N,)."""
+        """Return the log density (N,) of noise x0 (N, ...) under N(0, I), in nats."""
         x0 = x0.flatten(1)
         return -0.5 * (x0**2).sum(1) - 0.5 * x0.shape[1] * math.log(2 * math.pi)

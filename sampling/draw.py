@@ -1,0 +1,198 @@
+"""Draw images by their index: image i depends on (seed, i) alone, not on batches, ranks or restarts."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sampling import guidance
+from transport import ODE_METHODS, SDE_METHODS, Sampler
+from utils.grids import to_uint8
+
+ADAPTIVE_GROUP = 64  # images
+LABEL_STREAM = 1 << 32  # beyond any image's index, since noise is drawn from (seed, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """All that decides samples of a pipeline, apart from their labels and indices.
+
+    Attributes:
+        mode: 'ODE' or 'SDE'.
+        solver: keyword arguments of `Sampler.sample_ode` or `Sampler.sample_sde`.
+        cfg_scale, cfg_interval: scale of classifier-free guidance, 1 being none, and the times between which to guide.
+        seed: seed of the noise of all images.
+        guidance: a rule of sampling/guidance.py in place of classifier-free guidance.
+    """
+
+    mode: str = "ODE"
+    solver: dict = dataclasses.field(default_factory=dict)
+    cfg_scale: float = 1.0
+    cfg_interval: tuple = guidance.WHOLE
+    seed: int = 0
+    guidance: Callable | None = None
+
+    def sampler(self, transport, noise=None):
+        """Return the sampling function of `Sampler`; `noise` is the `ImageNoise` of an SDE. Raise ValueError."""
+        if self.mode == "ODE":
+            return Sampler(transport).sample_ode(**self.solver)
+        return Sampler(transport).sample_sde(**self.solver, **({"randn_like": noise.randn_like} if noise else {}))
+
+    def rule(self, channels):
+        """Return the guidance rule; classifier-free guidance acts on this many leading channels, None being all."""
+        if self.guidance is not None:
+            return self.guidance
+        if self.cfg_scale == 1:
+            return guidance.unguided
+        rule = functools.partial(guidance.classifier_free, scale=self.cfg_scale, channels=channels)
+        if self.cfg_interval == guidance.WHOLE:
+            return rule
+        low, high = self.cfg_interval
+        return functools.partial(guidance.in_interval, rule=rule, low=low, high=high)
+
+    def group_size(self, batch_size):
+        """Return how many images of consecutive indices one solve takes.
+
+        An adaptive method has one step size for all images of a solve, so their number is fixed: otherwise an image
+        would depend on the batch size. The network still gets them in batches.
+        """
+        _, evaluations_per_step, *_ = (ODE_METHODS if self.mode == "ODE" else SDE_METHODS)[
+            self.solver["sampling_method"]
+        ]
+        return ADAPTIVE_GROUP if evaluations_per_step is None else batch_size
+
+
+class ImageNoise:
+    """Standard normal noise of images by their index: row i depends on (seed, index i) alone, on any device.
+
+    Each image has its own stream of random numbers, drawn on the CPU, where it is the same on every machine.
+    """
+
+    def __init__(self, seed, indices, device):
+        self.generators = [np.random.default_rng([seed, index]) for index in indices]
+        self.device = device
+
+    def draw(self, shape):
+        """Return the next normal numbers of each image: (N, *shape) float32."""
+        return self._to_device([g.standard_normal(shape, dtype=np.float32) for g in self.generators])
+
+    def uniform(self, shape):
+        """Return the next uniform numbers in [0, 1) of each image: (N, *shape) float32."""
+        return self._to_device([g.random(shape, dtype=np.float32) for g in self.generators])
+
+    def _to_device(self, rows):
+        rows = torch.stack([torch.from_numpy(row) for row in rows])
+        if self.device.type == "cuda":  # copied from pinned memory, the host does not wait
+            rows = rows.pin_memory()
+        return rows.to(self.device, non_blocking=True)
+
+    def randn_like(self, x):
+        """Return the next normal numbers of each image in the shape (N, ...) and dtype of x."""
+        return self.draw(tuple(x.shape[1:])).to(x.dtype)
+
+
+class GuidedModel:
+    """A guided network as solvers call it: (x, t, y) -> output, computed batch by batch.
+
+    A compiled network gets batches of one size: the last one is filled up with copies of its last row. `nfe` counts
+    calls, and `forward_passes` those of the network per image, two for a call with classifier-free guidance.
+    """
+
+    def __init__(self, pipeline, rule, batch_size, bar):
+        self.network, self.rule = guidance.Network(pipeline), rule
+        self.batch_size, self.fill, self.bar = batch_size, pipeline.compiled, bar
+        self.nfe, self.forward_passes = 0, 0
+
+    def __call__(self, x, t, y):
+        self.nfe += 1
+        self.bar.update()
+        count = len(x)
+        if self.fill and count % self.batch_size:
+            size = math.ceil(count / self.batch_size) * self.batch_size
+            rows = torch.arange(size, device=x.device).clamp(max=count - 1)
+            x, y = x[rows], y[rows]
+        t = t[:1]  # all times are equal, and one is embedded
+        batches = zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
+        output = torch.cat([self.rule(self.network, part, t, labels) for part, labels in batches])[:count]
+        self.forward_passes = self.network.rows // len(x)
+        return output
+
+
+@torch.no_grad()
+def draw(pipeline, labels, settings, *, first_index=0, batch_size=64, show_progress=True):
+    """Draw one latent per label; image k of this call has the index first_index + k, which decides its noise.
+
+    The network gets `batch_size` images at a time. Return (latents (N, C, h, w), {'nfe', 'forward_passes'} per image,
+    the most of any solve).
+    """
+    drawn, nfe, forward_passes = [], 0, 0
+    group, rule = settings.group_size(batch_size), settings.rule(pipeline.guided_channels)
+    starts = range(0, len(labels), group)
+    nfe_per_solve = settings.sampler(pipeline.transport).nfe
+    total = None if nfe_per_solve is None else nfe_per_solve * len(starts)
+    with tqdm(total=total, unit=" NFE", leave=False, disable=None if show_progress else True) as bar:
+        for start in starts:
+            y = torch.tensor(labels[start : start + group], device=pipeline.device)
+            indices = range(first_index + start, first_index + start + len(y))
+            noise = ImageNoise(settings.seed, indices, pipeline.device)
+            sample = settings.sampler(pipeline.transport, noise)
+            model = GuidedModel(pipeline, rule, batch_size, bar)
+            drawn.append(sample(noise.draw(pipeline.latent_shape), model, y=y)[-1])
+            nfe, forward_passes = max(nfe, model.nfe), max(forward_passes, model.forward_passes)
+    return torch.cat(drawn), {"nfe": nfe, "forward_passes": forward_passes}
+
+
+def decode(pipeline, drawn, batch_size=64):
+    """Decode latents (N, C, h, w) to uint8 images (N, H, W, C) on the CPU, `batch_size` at a time."""
+    return torch.cat([to_uint8(pipeline.space.decode(part)) for part in drawn.split(batch_size)])
+
+
+def generate(pipeline, labels, settings, *, batch_size=64, **more):
+    """Draw and decode one image per label; arguments as for `draw`. Return (uint8 images (N, H, W, C), counts)."""
+    drawn, counts = draw(pipeline, labels, settings, batch_size=batch_size, **more)
+    return decode(pipeline, drawn, batch_size), counts
+
+
+def draw_labels(count, num_classes, seed, balanced):
+    """Return (count,) int64 labels: uniform at random, label i by (seed, i) alone; or each class in turn."""
+    if balanced:
+        return np.arange(count) % num_classes
+    return np.random.default_rng([seed, LABEL_STREAM]).integers(0, num_classes, count)
+
+
+def describe(pipeline, settings):
+    """Return, as plain data, what decides samples; metrics compare only where this is equal."""
+    channels, guided = pipeline.model.in_channels, settings.cfg_scale != 1
+    description = {
+        "mode": settings.mode,
+        **settings.solver,
+        "cfg_scale": settings.cfg_scale,
+        "cfg_interval": list(settings.cfg_interval) if guided else None,
+        "guided_channels": min(pipeline.guided_channels or channels, channels) if guided else 0,
+        "channels": channels,
+        "precision": pipeline.precision,
+        "model": pipeline.model_config,
+        "path": type(pipeline.transport.path).__name__,
+        "prediction": pipeline.transport.prediction,
+        "sample_eps": pipeline.transport.sample_eps,
+        "seed": settings.seed,
+    }
+    return description | ({"guidance": str(settings.guidance)} if settings.guidance else {})
+
+
+def summary(description):
+    """Return one line on a description with counts: method, NFE, guidance and precision."""
+    d = description
+    rule = d.get("guidance", "no guidance")
+    if "guidance" not in d and d["cfg_scale"] != 1:
+        low, high = d["cfg_interval"]
+        where = "" if (low, high) == guidance.WHOLE else f" for t in [{low:g}, {high:g}]"
+        rule = f"guidance {d['cfg_scale']:g} on {d['guided_channels']} of {d['channels']} channels{where}"
+    return (
+        f"{d['mode']} {d['sampling_method']}, {d['nfe']} NFE ({d['forward_passes']} forward passes), {rule}, "
+        f"{d['precision']}"
+    )

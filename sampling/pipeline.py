@@ -1,0 +1,146 @@
+"""From a checkpoint to a network, a transport and a latent space that fit together."""
+
+import dataclasses
+import hashlib
+
+import torch
+
+import vae as autoencoders
+from models import SiT, SiT_models
+from transport import Transport, create_transport
+from utils import hub, precision
+from utils.checkpoint import load_into
+from utils.command_line import flag_name
+from utils.weights import TRANSPORT_KEYS, load_weights, model_config_from_shapes
+
+# The classes of the official sample.py: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox.
+SHOWN_IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """A network in evaluation mode, the transport and the latent space that it was trained with, on one device.
+
+    Attributes:
+        guided_channels: leading channels that classifier-free guidance acts on; None: all.
+        model_config: arguments of SiT.
+        precision, compiled: how the network computes; see `speed_up`.
+    """
+
+    model: SiT
+    transport: Transport
+    space: autoencoders.PixelSpace | autoencoders.LatentSpace
+    device: torch.device
+    guided_channels: int | None
+    model_config: dict = dataclasses.field(default_factory=dict)
+    precision: str = "fp32"
+    compiled: bool = False
+
+    @property
+    def latent_shape(self):
+        """(C, H, W) of what the network draws."""
+        return self.model.in_channels, self.model.input_size, self.model.input_size
+
+    @property
+    def image_shape(self):
+        """(H, W, C) of the decoded images."""
+        side = self.model.input_size * self.space.downsampling
+        return side, side, self.model.in_channels if self.space.in_pixels else 3
+
+    def speed_up(self, dtype_name, compiled):
+        """Compute in a precision of `precision.DTYPES`, compiled or not. The network is changed in place."""
+        precision.prepare_inference(self.model, self.device, dtype_name, compiled)
+        self.precision, self.compiled = dtype_name, compiled
+
+    def digests(self):
+        """Return what identifies the networks: SHA-256 of the weights, and of the VAE with its scale and shift."""
+        space = self.space
+        vae = {} if space.in_pixels else {"sha256": _digest(space.model), "scale": space.scale, "shift": space.shift}
+        return {"weights_sha256": _digest(self.model), "vae": vae}
+
+
+def _digest(model):
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", ema="ema", **given):
+    """Load a checkpoint as a `Pipeline`.
+
+    Args:
+        ckpt: as `hub.resolve` takes it; None: the released weights of given['model'] at given['image_size'].
+        guided_channels: a number or 'all'; None: all for checkpoints of train.py, 3 for others.
+        vae_precision: one of vae.PRECISIONS.
+        ema: name of the EMA to load from a checkpoint of train.py.
+        given: flags of `flags.WEIGHTS_FLAGS`. They describe weights without a config, and must not contradict one.
+
+    Raise ValueError if the weights are missing or do not fit, or a flag contradicts them.
+    """
+    ckpt = ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}"
+    weights = load_weights(hub.resolve(ckpt), ema)
+    try:
+        config = _model_config(weights, given)
+        model = SiT(**config)
+        transport = create_transport(**_transport_config(weights, given))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{weights.path}: its configuration is damaged: {error}") from error
+    vae = given.get("vae") or weights.config.get("latents", {}).get("vae", "ema")
+    downsampling, channels = autoencoders.geometry(vae, model.in_channels)
+    image_size = model.input_size * downsampling
+    if channels != model.in_channels:
+        raise ValueError(f"the weights take {model.in_channels} channels, but --vae {vae} makes {channels}")
+    if given.get("image_size", image_size) != image_size:
+        raise ValueError(f"--image-size {given['image_size']} contradicts the weights, which make {image_size} pixels")
+    load_into(model, weights.state_dict, weights.path)
+    if guided_channels not in (None, "all") and guided_channels > model.in_channels:
+        raise ValueError(f"--guided-channels {guided_channels}: the model has {model.in_channels}")
+    guided_channels = guided_channels or ("all" if weights.own else 3)
+    guided_channels = None if guided_channels == "all" else guided_channels
+    space = autoencoders.open_space(vae, channels, device, autoencoders.PRECISIONS[vae_precision])
+    return Pipeline(model.to(device).eval().requires_grad_(False), transport, space, device, guided_channels, config)
+
+
+def _model_config(weights, given):
+    """Return SiT's arguments, from the checkpoint or by shapes. Flags must agree, or say what shapes do not."""
+    named = given.get("model") or weights.config.get("model_name")
+    size = SiT_models[named].keywords if named in SiT_models else {}
+    if weights.own:
+        config = weights.config["model"]
+    else:
+        config = model_config_from_shapes(weights.state_dict)
+        config.setdefault("num_heads", given.get("num_heads", size.get("num_heads")))
+        if config["num_heads"] is None:
+            width = f"{weights.path} has width {config['hidden_size']}, which is none of S, B, L, XL"
+            raise ValueError(f"{width}, so its number of attention heads cannot be inferred; give --num-heads")
+    if "model" in given:
+        for key, value in size.items():
+            if config[key] != value:
+                raise ValueError(f"--model {named} contradicts the weights: their {key} is {config[key]}, not {value}")
+    for key in ("num_classes", "num_heads"):
+        if given.get(key, config[key]) != config[key]:
+            raise ValueError(f"{flag_name(key)} {given[key]} contradicts the weights: it is {config[key]}")
+    return config
+
+
+def _transport_config(weights, given):
+    """Return the arguments of create_transport: flags first, but what the network was trained for must not change."""
+    config = weights.config.get("transport", {})
+    for key in ("path_type", "prediction"):
+        if key in config and given.get(key, config[key]) != config[key]:
+            raise ValueError(f"{flag_name(key)} {given[key]} contradicts the checkpoint, trained with {config[key]}")
+    return config | {key: given[key] for key in TRANSPORT_KEYS if key in given}
+
+
+def default_labels(num_classes):
+    """Return the classes that a grid shows by default."""
+    return SHOWN_IMAGENET_CLASSES if num_classes == 1000 else list(range(min(num_classes, 10)))
+
+
+def check_labels(labels, num_classes):
+    """Raise ValueError for a label that is no class of the model."""
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise ValueError(f"class label {label} is out of range: the model's are 0 to {num_classes - 1}")

@@ -1,0 +1,179 @@
+"""Samples that are drawn shard by shard, resumed, and written as one .npz.
+
+Beside the output FILE.npz lie FILE.npz.parts/ with one .npy per shard, until FILE.npz is written; from then on
+FILE.npz.json, which says how the samples were made; and FILE.pngs/ if PNGs are asked for.
+"""
+
+import collections
+import concurrent.futures
+import re
+import shutil
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils import files
+from utils.errors import named
+
+# Indices of the first image and of the one behind the last; NFE and forward passes per image.
+SHARD = re.compile(r"(\d+)-(\d+)\.calls-(\d+)-(\d+)\.npy")
+SETTINGS = "settings.json"
+ADVICE = "give another --output"
+
+
+class Shards:
+    """The shards of `output`, an .npz of `count` uint8 images of `image_shape` (H, W, C).
+
+    All ranks make one; rank 0 calls `prepare` first and `finish` last.
+    """
+
+    def __init__(self, output, count, image_shape):
+        self.output, self.count, self.image_shape = output, count, tuple(image_shape)
+        self.folder = output.with_name(output.name + ".parts")
+        self.description = output.with_name(output.name + ".json")
+        self.pngs = output.with_suffix(".pngs")
+
+    def prepare(self, identity, save_png):
+        """Lock the folder of shards, unless the output is complete. Return whether it is.
+
+        `identity` is plain data that decides the images. Raise ValueError if the shards were made with another identity
+        or by another script, another process draws them, or the folder cannot be written to.
+        """
+        if self.output.suffix != ".npz":
+            raise ValueError(f"--output {self.output} must end in .npz")
+        with named(f"--output {self.output}"):
+            if not self._is_complete(identity):
+                if self.description.is_dir():
+                    raise ValueError(f"{self.description} is a folder")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                files.lock(self.folder, f"another process is drawing {self.output}; wait for it, or {ADVICE}")
+                if not self._is_complete(identity):  # the process that held the lock may have completed it
+                    self.folder.mkdir(exist_ok=True)
+                    self._check_or_write_settings(identity, save_png)
+            if save_png:
+                self.pngs.mkdir(exist_ok=True)
+            return self.output.exists()
+
+    def _is_complete(self, identity):
+        if not self.output.exists():
+            return False
+        if not self.description.is_file():
+            raise ValueError(
+                f"{self.output} exists, but {self.description.name}, which says how it was made, does not; put it back "
+                f"or {ADVICE}"
+            )
+        files.check_same_settings(self.description, identity, ADVICE)
+        shutil.rmtree(self.folder, ignore_errors=True)  # left by a process that was killed after its last rename
+        return True
+
+    def _check_or_write_settings(self, identity, save_png):
+        settings = self.folder / SETTINGS
+        if settings.is_file():
+            return files.check_same_settings(settings, identity, ADVICE)
+        if any(entry.name != files.LOCK for entry in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and not of sample_ddp.py")
+        if save_png and self.pngs.is_dir() and any(self.pngs.iterdir()):
+            raise ValueError(f"{self.pngs} is not empty; {ADVICE}")
+        files.write_json(settings, identity)
+
+    def intact(self):
+        """Return {(begin, end): path} of the intact shards in order; remove damaged ones."""
+        shards = {}
+        for path in self.folder.iterdir():
+            match = SHARD.fullmatch(path.name)
+            if match is None:
+                continue
+            begin, end = map(int, match.groups()[:2])
+            try:
+                images = np.load(path, mmap_mode="r", allow_pickle=False)
+                good = images.dtype == np.uint8 and images.shape == (end - begin, *self.image_shape)
+            except (OSError, ValueError, EOFError):
+                good = False
+            if good:
+                shards[begin, end] = path
+            else:
+                print(f"{path} is damaged, and is drawn again")
+                path.unlink()
+        return dict(sorted(shards.items()))
+
+    def missing(self, group):
+        """Return the ranges (begin, end) of images that no shard holds, none longer than a group."""
+        ranges, begin = [], 0
+        for first, last in (*self.intact(), (self.count, self.count)):
+            ranges += [(i, min(i + group, first)) for i in range(begin, first, group)]
+            begin = last
+        return ranges
+
+    def write(self, images, begin, counts, save_png):
+        """Write a shard of images (N, H, W, C) whose first index is `begin`. Raise ValueError if that fails."""
+        name = f"{begin:07d}-{begin + len(images):07d}.calls-{counts['nfe']}-{counts['forward_passes']}.npy"
+        path = self.folder / name
+        with named(path):
+            if save_png:
+                self.write_pngs(images, begin)  # first: a shard that exists is not drawn again
+            with files.written_whole(path) as partial, open(partial, "wb") as file:
+                np.save(file, images)
+
+    def write_pngs(self, images, begin):
+        """Write PNGs of images (N, H, W, C) with indices from `begin`, unless they exist."""
+        for i, image in enumerate(images, begin):
+            path = self.pngs / f"{i:06d}.png"
+            if not path.exists():
+                partial = files.partial_name(path).with_suffix(".png")
+                Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(partial)
+                partial.rename(path)
+
+    def counts(self):
+        """Return {'nfe', 'forward_passes'} per image, the most of any shard."""
+        matches = [SHARD.fullmatch(path.name) for path in self.intact().values()]
+        return {key: max(int(match[i]) for match in matches) for i, key in ((3, "nfe"), (4, "forward_passes"))}
+
+    def finish(self, labels, description):
+        """Write shards and labels (N,) as one .npz with its description, and remove the shards. Raise ValueError."""
+        with named(self.output):
+            with files.written_whole(self.output) as partial:
+                with files.NpzWriter(partial) as archive:
+                    shards = (np.load(path, allow_pickle=False) for path in self.intact().values())
+                    archive.write_array("arr_0", shards, self.count)
+                    archive.write_array("arr_1", [labels], self.count)
+                files.write_json(self.description, description)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Background:
+    """Calls functions in a thread, in order, on another CUDA stream: images are decoded while the next are drawn.
+
+    A context manager. An exception of a function is raised by a later `submit` or at the end of the block.
+    """
+
+    MOST_WAITING = 2  # waiting work holds memory
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.waiting = collections.deque()
+
+    def submit(self, function, *args):
+        """Call function(*args) after all that was submitted before; its device work must be done when it returns."""
+        if len(self.waiting) == self.MOST_WAITING:
+            self.waiting.popleft().result()
+        ready = None if self.stream is None else torch.cuda.current_stream(self.stream.device).record_event()
+        self.waiting.append(self.thread.submit(self._call, ready, function, args))
+
+    @torch.no_grad()
+    def _call(self, ready, function, args):
+        with torch.cuda.stream(self.stream):
+            if ready is not None:
+                self.stream.wait_event(ready)
+            function(*args)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            while self.waiting and error is None:
+                self.waiting.popleft().result()
+        finally:
+            self.thread.shutdown(cancel_futures=True)

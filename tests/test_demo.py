@@ -1,0 +1,37 @@
+"""demo.py: the judgement of digits, and what it prints."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import run
+
+import demo
+from data.sources import open_source
+
+
+def test_judge_tells_real_digits_from_noise_and_collapse():
+    real, held_out = demo.split_real(open_source("digits"))
+    rows, labels = held_out
+    images = torch.from_numpy((rows * 255).astype(np.uint8)).reshape(-1, 8, 8, 1)
+
+    def judge(images):
+        return demo.judge(images, labels, real, held_out)
+
+    results = judge(images)
+    assert results["recognised"] == results["recognised_real"] > 0.97
+    assert results["fd_pixels"] == pytest.approx(results["fd_pixels_real"], rel=0.05)
+    noise = judge(torch.randint(0, 256, images.shape, dtype=torch.uint8))
+    assert noise["recognised"] < 0.3 and noise["fd_pixels"] > results["fd_pixels_collapsed"]
+    # One real digit per class, 50 times each: all are recognised, and the distance is large.
+    collapsed = judge(images[np.arange(500) // 50 * 50])
+    assert collapsed["recognised"] > 0.9
+    assert collapsed["fd_pixels"] > 10 * results["fd_pixels_real"]
+
+
+def test_demo_prints_its_metrics_and_the_path_of_the_picture(digits_run, tmp_path):
+    result = run("demo.py", "--ckpt", digits_run, "--samples-per-class", 10, "--output", tmp_path / "digits.png")
+    assert result.returncode == 0, result.stderr
+    assert "recognised: " in result.stdout and "of 100 samples" in result.stdout and "real to real" in result.stdout
+    assert f"picture: {tmp_path / 'digits.png'}" in result.stdout
+    assert Image.open(tmp_path / "digits.png").size == (10 * 66 + 2, 10 * 66 + 2)

@@ -1,0 +1,117 @@
+"""Parameters, operations and peak memory of a model, and peak throughput of GPUs, before anything is run."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import SiT
+from utils.precision import autocast, choose_attention
+
+# Dense peak of matrix products in 10^12 operations per second, from NVIDIA's data sheets, by CUDA's name of the
+# device: a MIG slice and a laptop edition have other names.
+A100 = {"bf16": 312, "tf32": 156, "fp32": 19.5}
+PEAK_TERAFLOPS = {
+    "NVIDIA A100-SXM4-40GB": A100,
+    "NVIDIA A100-SXM4-80GB": A100,
+    "NVIDIA A100-PCIE-40GB": A100,
+    "NVIDIA A100 80GB PCIe": A100,
+    "NVIDIA H100 PCIe": {"bf16": 756, "tf32": 378, "fp32": 51},
+    "NVIDIA H100 80GB HBM3": {"bf16": 989, "tf32": 495, "fp32": 67},
+    "NVIDIA H200": {"bf16": 989, "tf32": 495, "fp32": 67},
+    "NVIDIA L40S": {"bf16": 362, "tf32": 183, "fp32": 92},
+    "NVIDIA GeForce RTX 4090": {"bf16": 165, "tf32": 83, "fp32": 83},
+}
+
+
+def peak_flops(device, precision):
+    """Return the peak of a GPU's matrix products in operations per second; None if the device is not in the table."""
+    if device.type != "cuda":
+        return None
+    peaks = PEAK_TERAFLOPS.get(torch.cuda.get_device_name(device))
+    return peaks and peaks[precision] * 1e12
+
+
+def _on(device, model_config, batch_size):
+    """Return (model, its inputs) on a device; the caller chooses one that stores no data."""
+    with torch.device(device):
+        model = SiT(**model_config)
+        x = torch.empty(batch_size, model.in_channels, model.input_size, model.input_size)
+        return model, (x, torch.empty(batch_size), torch.zeros(batch_size, dtype=torch.long))
+
+
+def num_parameters(model_config):
+    """Return the number of parameters of SiT(**model_config)."""
+    return sum(p.numel() for p in _on("meta", model_config, 1)[0].parameters())
+
+
+def forward_flops(model_config):
+    """Return the operations of one forward pass of one image in matrix products, two per multiply-add."""
+    model, inputs = _on("meta", model_config, 1)
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return counter.get_total_flops()
+
+
+def training_flops(model_config):
+    """Return the operations of one image's forward and backward pass; backward computes two products for each."""
+    return 3 * forward_flops(model_config)
+
+
+def activation_bytes(model_config, batch_size, precision, grad_checkpoint, device):
+    """Return the bytes that a forward pass saves for backward, plus one recomputed block with gradient checkpointing.
+
+    Counted on tensors without data, as CPU kernels save them; `device` decides the kernel of attention.
+    """
+    kept = _saved_bytes(model_config, batch_size, precision, grad_checkpoint, device)
+    if grad_checkpoint:
+        everything = _saved_bytes(model_config, batch_size, precision, False, device)
+        kept += (everything - kept) // model_config["depth"]
+    return kept
+
+
+def _saved_bytes(model_config, batch_size, precision, grad_checkpoint, device):
+    """Return the bytes of the tensors that autograd saves in a forward pass, each storage once."""
+    storages = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = (storage, storage.nbytes())  # kept, so that its address is not reused
+        return tensor
+
+    with FakeTensorMode():
+        model, inputs = _on("cpu", model_config, batch_size)
+        model.grad_checkpoint = grad_checkpoint
+        choose_attention(model, device, precision)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with hooks, autocast(torch.device("cpu"), precision):
+            output = model(*inputs)
+        total = sum(size for address, (_, size) in storages.items() if address not in weights)
+        del output
+    return total
+
+
+def training_memory(model_config, batch_size, precision, grad_checkpoint, shards, device):
+    """Return an estimate of the peak memory of training on one device, as {part: bytes}.
+
+    It counts two gathered blocks for FSDP, and leaves out fragmentation, the workspace of kernels and the autoencoder.
+    All activations and all gradients count, as in DDP's buckets and with gradient accumulation; one process with one
+    micro-batch needs less, by up to the smaller of the two.
+
+    Args:
+        batch_size: micro-batch of one rank.
+        shards: ranks that share one model; 1: every rank has the whole model.
+        device: where it trains.
+    """
+    weights = 4 * num_parameters(model_config)
+    parts = {
+        "weights": weights / shards,
+        "gradients": weights / shards,
+        "optimizer": 2 * weights / shards,
+        "EMA": weights / shards,
+        "activations": activation_bytes(model_config, batch_size, precision, grad_checkpoint, device),
+    }
+    if shards > 1:
+        size = 2 if precision == "bf16" else 4
+        parts["gathered blocks"] = 2 * size * num_parameters(model_config) / model_config["depth"]
+    return parts

@@ -1,0 +1,305 @@
+"""The log of a run: text, metrics as lines of JSON, grids, and trackers (TensorBoard, Weights & Biases)."""
+
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import math
+import resource
+import sys
+import time
+import uuid
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from training import costs
+from utils import distributed, files
+from utils.grids import save_grid
+
+TIME_BINS = 10  # of t in [0, 1], for the loss
+
+
+class Metrics:
+    """Means over a window of steps and all ranks, and numbers of a moment, for the next line of the log.
+
+    `mean` and `point` may be called anywhere in the training loop, on all ranks. Sums stay on the device; ranks are
+    reduced when the log is written. `saved` is `state()` of the window that a checkpoint cut.
+    """
+
+    def __init__(self, device, saved=None):
+        self.device, self.points, self.pending, self.sums = device, {}, {}, {}
+        if isinstance(saved, list):  # of older checkpoints: steps, images, loss, then images and loss by time
+            losses, counts = saved[3 + TIME_BINS :], saved[3 : 3 + TIME_BINS]
+            saved = {"loss": [[saved[2]], [saved[1]]], "loss_by_time": [losses, counts]}
+        for name, sums in (saved or {}).items() if distributed.rank() == 0 else ():
+            self.sums[name] = torch.tensor(sums, dtype=torch.float64).to(device)
+
+    def mean(self, name, values):
+        """Add values, a number or a tensor of any shape, to the mean of a name."""
+        values = torch.as_tensor(values, dtype=torch.float64, device=self.device).detach().flatten()
+        self._add(name, torch.stack([values.sum(), values.new_tensor(len(values))])[:, None])
+
+    def mean_by_time(self, name, values, t):
+        """Add values (M,) at times t (M,) to the means of `TIME_BINS` bins of time."""
+        bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        members = (bins[:, None] == torch.arange(TIME_BINS, device=t.device)).double()
+        self._add(name, torch.stack([values.detach().double() @ members, members.sum(0)]))
+
+    def point(self, name, value):
+        """Set a number that the next line of the log shows as it is."""
+        self.points[name] = value
+
+    def _add(self, name, sums):
+        self.pending[name] = self.pending[name] + sums if name in self.pending else sums
+
+    def commit(self, bad):
+        """Add the means of a step to the window, unless the tensor `bad` () is true."""
+        for name, sums in self.pending.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(bad, 0, sums)
+        self.pending = {}
+
+    def _reduced(self):
+        """Return {name: sums and counts (2, K) over all ranks}. Waits for the device."""
+        reduced = {}
+        everywhere = distributed.gather({name: sums.shape[1] for name, sums in self.sums.items()})
+        for name, size in sorted({item for names in everywhere for item in names.items()}):
+            zeros = torch.zeros(2, size, dtype=torch.float64, device=self.device)
+            reduced[name] = distributed.all_reduce(zeros + self.sums.get(name, 0))
+        return reduced
+
+    def take(self):
+        """Return {name: mean, list of means or point}, where a mean of no values is None, and start a new window."""
+        self.commit(torch.tensor(False, device=self.device))
+        metrics = {}
+        for name, sums in self._reduced().items():
+            means = [total / count if count else None for total, count in sums.T.tolist()]
+            metrics[name] = means if len(means) > 1 else means[0]
+        metrics |= self.points
+        self.sums, self.points = {}, {}
+        return metrics
+
+    def state(self):
+        """Return the window as plain data, over all ranks."""
+        return {name: sums.tolist() for name, sums in self._reduced().items()}
+
+
+class Meter:
+    """Measures throughput and the time spent on what is no training, since the last line of the log."""
+
+    def __init__(self, model_config, device, precision):
+        self.device, self.flops_per_image = device, costs.training_flops(model_config)
+        self.peak = costs.peak_flops(device, precision)
+        self._start()
+
+    def _start(self):
+        self.start, self.images, self.seconds = time.perf_counter(), 0, {"waiting": 0.0, "paused": 0.0}
+
+    @contextlib.contextmanager
+    def timing(self, kind):
+        """Context of 'waiting' for data, or of training 'paused' to sample, whose time does not count."""
+        start = time.perf_counter()
+        yield
+        self.seconds[kind] += time.perf_counter() - start
+
+    def take(self):
+        """Return images/s, the share of time spent waiting for data, peak memory in GiB and MFU, and start again."""
+        seconds = time.perf_counter() - self.start - self.seconds["paused"]
+        rate = self.images / seconds
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        mfu = self.peak and rate * self.flops_per_image / (self.peak * distributed.world_size())
+        wait = self.seconds["waiting"] / seconds
+        self._start()
+        return {"images_per_second": rate, "data_wait": wait, "memory_gib": memory / 2**30, "mfu": mfu}
+
+
+class LeftOut:
+    """Counts and names the examples that are left out, on all ranks.
+
+    Args:
+        count: examples that the run has left out.
+        skip: --skip-bad-images; without it, an example that is left out is an error.
+        lines: what was left out when the data were opened.
+    """
+
+    def __init__(self, count, skip, lines):
+        self.count, self.skip = count, skip
+        self.lines = [f"left out {line}" for line in lines if distributed.rank() == 0]
+
+    def add(self, step, problems):
+        """Take the problems of a micro-batch, a list of lines for each place. Raise ValueError without `skip`."""
+        for problem in itertools.chain(*problems):
+            if not self.skip:
+                raise ValueError(f"{problem} (--skip-bad-images leaves such examples out)")
+            self.lines.append(f"(step={step:07d}) left out {problem}")
+
+    def report(self, write_line):
+        """Write the lines of all ranks since the last call, and count them."""
+        for line in itertools.chain(*distributed.gather(self.lines)):
+            self.count += 1
+            write_line(line)
+        self.lines = []
+
+
+class RunLog:
+    """Writes the log of a run on rank 0; does nothing on other ranks.
+
+    The first file that cannot be written, on a full disk for example, is reported, and the run continues.
+
+    Args:
+        output_dir: the run's folder.
+        step: where the run starts; metrics of later steps, which it will repeat, are removed.
+        trackers: list of `TensorBoard` and `WeightsAndBiases`.
+    """
+
+    def __init__(self, output_dir, step, trackers):
+        self.active, self.trackers, self.reported = distributed.rank() == 0, trackers, False
+        self.output_dir = output_dir
+        if not self.active:
+            return
+        paths = [output_dir / name for name in ("log.txt", "metrics.jsonl", "evaluations.jsonl")]
+        try:
+            for path in paths[1:]:
+                if path.exists():
+                    _keep_until(path, step)
+            self.text, self.metrics_file, self.evaluations = (open(path, "a", buffering=1) for path in paths)
+        except OSError as error:
+            raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from error
+
+    def line(self, text):
+        """Write a line of text."""
+        if self.active:
+            with self._continuing("the terminal"):
+                tqdm.write(text)
+                sys.stdout.flush()  # a log that is piped to a file is watched too
+            self._write(self.text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def metrics(self, metrics):
+        """Write metrics up to metrics['step']; None means unknown, and a list holds means by time."""
+        if not self.active:
+            return
+        loss = "no finite loss" if metrics["loss"] is None else f"loss {metrics['loss']:.4f}"
+        mfu = "" if metrics["mfu"] is None else f", {metrics['mfu']:.1%} MFU"
+        self.line(
+            f"(step={metrics['step']:07d}) {loss}, gradient norm {metrics['gradient_norm'] or math.nan:.3f}, "
+            f"{metrics['images_per_second']:.1f} images/s{mfu}, {metrics['data_wait']:.0%} of the time waiting for data"
+        )
+        self._write(self.metrics_file, json.dumps(metrics) + "\n")
+        numbers = dict(metrics)
+        for name, values in metrics.items():
+            if isinstance(values, list):
+                numbers |= {f"{name}/{b / len(values):.1f}": value for b, value in enumerate(values)}
+        self._track("metrics", {k: v for k, v in numbers.items() if isinstance(v, (int, float))}, metrics["step"])
+
+    def grid(self, images, columns, step):
+        """Write uint8 images (N, H, W, C) as samples/STEP.png."""
+        if self.active:
+            path = self.output_dir / "samples" / f"{step:07d}.png"
+            with self._continuing(path):
+                path.parent.mkdir(exist_ok=True)
+                save_grid(images, path, columns)
+                self.line(f"(step={step:07d}) samples {path}")
+                self._track("grid", path, step)
+
+    def evaluation(self, step, metrics):
+        """Write metrics of EMA samples: a line of text, and one of evaluations.jsonl."""
+        if self.active:
+            numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
+            text = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+            caveats = "; ".join(metrics.get("caveats", ()))
+            caveats = f"; not comparable with published metrics: {caveats}" if caveats else ""
+            self.line(f"(step={step:07d}) {text} of {metrics['n_samples']} samples{caveats}")
+            self._write(self.evaluations, json.dumps({"step": step, **metrics}) + "\n")
+            self._track("metrics", numbers, step)
+
+    def close(self):
+        self._track("close")
+        for file in (self.text, self.metrics_file, self.evaluations) if self.active else ():
+            with self._continuing(file.name):
+                file.close()
+
+    def _track(self, method, *arguments):
+        for tracker in self.trackers:
+            with self._continuing(type(tracker).__name__):
+                getattr(tracker, method)(*arguments)
+
+    def _write(self, file, text):
+        with self._continuing(file.name):
+            file.write(text)
+
+    @contextlib.contextmanager
+    def _continuing(self, name):
+        try:
+            yield
+        except OSError as error:
+            if not self.reported:
+                with contextlib.suppress(OSError):
+                    print(f"{name} cannot be written: {error.strerror}; training continues", file=sys.stderr)
+            self.reported = True
+
+
+def _keep_until(path, step):
+    """Remove the lines of later steps from a .jsonl file, and a line that a killed run left incomplete."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            kept += [line] if json.loads(line)["step"] <= step else []
+    with files.written_whole(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in kept))
+
+
+class TensorBoard:
+    """Metrics and grids for TensorBoard, in the folder tensorboard/ of the run."""
+
+    def __init__(self, module, output_dir, step, config):
+        self.writer = module.SummaryWriter(output_dir / "tensorboard", purge_step=step + 1)
+        self.close = self.writer.close
+
+    def metrics(self, numbers, step):
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, step)
+
+    def grid(self, path, step):
+        self.writer.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
+
+
+class WeightsAndBiases:
+    """Metrics and grids for Weights & Biases, which reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE (offline)."""
+
+    def __init__(self, module, output_dir, step, config):
+        id_file = output_dir / "wandb_id.txt"  # the same id continues the same run
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        where = dict(name=output_dir.name, id=id_file.read_text(), dir=output_dir)
+        self.run, self.image = module.init(**where, config=config, resume="allow"), module.Image
+        self.close = self.run.finish
+
+    def metrics(self, numbers, step):
+        self.run.log(numbers, step=step)
+
+    def grid(self, path, step):
+        self.run.log({"samples": self.image(str(path))}, step=step)
+
+
+TRACKERS = {"tensorboard": (TensorBoard, "torch.utils.tensorboard"), "wandb": (WeightsAndBiases, "wandb")}
+
+
+def import_trackers(names):
+    """Return, on rank 0, a function (output_dir, step, config) per name in TRACKERS that opens the tracker.
+
+    Raise ValueError if its package is not installed.
+    """
+    openers = []
+    for name in names if distributed.rank() == 0 else ():
+        tracker, module = TRACKERS[name]
+        try:
+            openers.append(functools.partial(tracker, importlib.import_module(module)))
+        except ImportError as error:
+            raise ValueError(f"--{name} needs the package {name}: pip install {name}") from error
+    return openers

@@ -1,0 +1,52 @@
+"""Losses beside the main one: subclass `AuxiliaryLoss` in a file of this folder, and build it in train.py."""
+
+import torch
+from torch import nn
+
+from utils import distributed
+
+
+class AuxiliaryLoss(nn.Module):
+    """A loss that is added to the main one. Its parameters are trained, saved and resumed, and are no part of the EMA.
+
+    Attributes:
+        name: its key in the log and in checkpoints.
+        weight: its factor in the sum of losses.
+        hidden_blocks: indices of the blocks whose outputs it reads.
+        reads_images: it reads the images, also where training reads cached latents.
+    """
+
+    name = "auxiliary"
+    weight = 1.0
+    hidden_blocks = ()
+    reads_images = False
+
+    def forward(self, batch, t, xt, output, hidden):
+        """Return the loss of each sample (M,) of a micro-batch.
+
+        Args:
+            batch: dict with 'y' (M,), the labels, and with 'images' (M, 3, H, W) in [-1, 1] if the loss reads them.
+            t: (M,) times.
+            xt: (M, C, h, w) points of the path.
+            output: (M, C, h, w) output of the network.
+            hidden: {index: (M, T, D)} tokens after each block of `hidden_blocks`.
+        """
+        raise NotImplementedError
+
+
+def build_losses(builders, model, seed):
+    """Return the losses that `builders`, functions of the model, make: with the same initial weights on every rank.
+
+    Raises:
+        ValueError: two losses have one name, or one reads a block that the model does not have.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(distributed.seed_from(seed, len(builders)))
+        losses = [build(model) for build in builders]
+    names = [loss.name for loss in losses]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the auxiliary losses must have different names, not {', '.join(names)}")
+    for loss in losses:
+        if not all(0 <= block < len(model.blocks) for block in loss.hidden_blocks):
+            raise ValueError(f"loss {loss.name!r} reads blocks {loss.hidden_blocks}, and there are {len(model.blocks)}")
+    return losses

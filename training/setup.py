@@ -1,0 +1,230 @@
+"""What train.py's flags mean for the data, the model and the machine; checked before anything is written."""
+
+import inspect
+import json
+import math
+import os
+
+import torch
+import yaml
+
+from data.images import ImageDataset, ImageReader
+from data.loader import StreamedBatches
+from data.sources import Source, open_source, recognise_format
+from models import SiT, SiT_models
+from training import costs
+from utils import checkpoint, distributed, hub
+from utils.command_line import flag_name
+from utils.weights import TRANSPORT_KEYS, load_weights
+from vae import PRECISIONS, LatentSpace, geometry, open_space, same_vae
+
+# Arguments of SiT that the data decides; every other one is a model option, with a flag of its name in train.py.
+DECIDED_BY_DATA = ("input_size", "in_channels", "num_classes")
+SIZE_FLAGS = ("image_size", *DECIDED_BY_DATA)
+
+
+def model_options():
+    """Return the names of SiT's arguments that are model options."""
+    return [key for key in inspect.signature(SiT).parameters if key not in DECIDED_BY_DATA]
+
+
+def open_data(settings, num_classes, dry_run):
+    """Open the data, `settings` being arguments of `open_source`. For a dry run, do not fetch data from the hub."""
+    path = settings.get("data_path")
+    if dry_run and path and (settings.get("data_format") or recognise_format(path)) == "hub":
+        return Source(None, None, str, num_classes, None, declares_classes=False)
+    return open_source(**settings)
+
+
+def split_batch(global_batch_size, micro_batch_size, world_size):
+    """Return (gradient accumulation steps, micro-batch size). Raise ValueError if the global batch does not divide."""
+    if global_batch_size % world_size:
+        raise ValueError(f"--global-batch-size {global_batch_size} does not divide over {world_size} ranks")
+    micro_batch_size = micro_batch_size or global_batch_size // world_size
+    if global_batch_size % (micro_batch_size * world_size):
+        raise ValueError(
+            f"--global-batch-size {global_batch_size} is not micro-batch x ranks x accumulation: it is no multiple of "
+            f"--micro-batch-size {micro_batch_size} x {world_size} ranks = {micro_batch_size * world_size}"
+        )
+    return global_batch_size // (micro_batch_size * world_size), micro_batch_size
+
+
+def resolve_parallel(parallel, fsdp_shard_size, model, device):
+    """Return (parallelism, mesh): 'one process', 'ddp', or 'fsdp', which alone has a mesh. Raise ValueError."""
+    if fsdp_shard_size is not None and parallel != "fsdp":
+        raise ValueError("--fsdp-shard-size has no effect without --parallel fsdp")
+    if distributed.world_size() == 1:
+        return "one process", None
+    if parallel == "auto":
+        # Weights, gradients, AdamW's two moments and the EMA, in float32, should leave half of the memory free.
+        needed = 20 * sum(p.numel() for p in model.parameters())
+        limit = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else math.inf
+        parallel = distributed.broadcast("ddp" if needed < limit else "fsdp")
+    return parallel, distributed.mesh(device, fsdp_shard_size) if parallel == "fsdp" else None
+
+
+def resolve_config(source, model_name, options, sizes, transport, vae=None, skip_bad_images=False):
+    """Return what a checkpoint stores to build everything again: 'model', 'transport' and 'latents'.
+
+    Args:
+        source: `Source` or `CachedLatents`.
+        model_name: key of SiT_models.
+        options, sizes, transport: the model options, SIZE_FLAGS and TRANSPORT_KEYS that were given.
+        vae: --vae; None: not given.
+        skip_bad_images: labels that are out of range are no error.
+
+    Raise ValueError if sizes do not divide, or flags contradict the data or the VAE.
+    """
+    sizes = dict.fromkeys(SIZE_FLAGS) | sizes
+    vae, downsampling, channels = _resolve_vae(source, vae, sizes)
+    options = SiT_models[model_name].keywords | options
+    image_size = _resolve_image_size(source, sizes, vae, downsampling, options["patch_size"])
+    if sizes["in_channels"] not in (None, channels):
+        raise ValueError(f"--in-channels {sizes['in_channels']} contradicts --vae {vae}, which has {channels} channels")
+    if isinstance(source, Source):
+        num_classes = source.resolve_classes(sizes["num_classes"], skip_bad_images)
+    else:
+        num_classes = source.num_classes
+    vae = os.path.abspath(vae) if os.path.isdir(vae) else vae
+    decided = dict(input_size=image_size // downsampling, in_channels=channels, num_classes=num_classes)
+    return {
+        "model": options | decided,
+        "transport": dict.fromkeys(TRANSPORT_KEYS) | transport,
+        "latents": {"vae": vae, "image_size": image_size, "channels": channels},
+    }
+
+
+def _resolve_vae(source, vae, sizes):
+    """Return (VAE, its downsampling, its channels). Raise ValueError if flags contradict cached latents."""
+    if isinstance(source, Source):
+        return vae or "ema", *geometry(vae or "ema", source.channels)
+    # A folder that was moved can be named by its new path; whether it holds the same VAE cannot be checked.
+    moved = os.path.isabs(source.vae) and not os.path.exists(source.vae) and vae is not None and os.path.isdir(vae)
+    if vae is not None and not moved and not same_vae(vae, source.vae):
+        raise ValueError(f"--vae {vae} contradicts the cached latents, which were made with {source.vae}")
+    for key in ("image_size", "num_classes"):
+        if sizes[key] not in (None, getattr(source, key)):
+            there = getattr(source, key)
+            raise ValueError(f"{flag_name(key)} {sizes[key]} contradicts the cached latents, which have {there}")
+    return vae if moved else source.vae, source.image_size // source.latent_size, source.channels
+
+
+def _resolve_image_size(source, sizes, vae, downsampling, patch_size):
+    """Return the size of the images. Raise ValueError if flags contradict each other or it does not divide."""
+    image_size, input_size = sizes["image_size"], sizes["input_size"]
+    if input_size is not None and image_size not in (None, input_size * downsampling):
+        raise ValueError(
+            f"--image-size {image_size} contradicts --input-size {input_size}: "
+            f"with --vae {vae} the image is {downsampling} times as large"
+        )
+    image_size = image_size or (input_size or 0) * downsampling or source.image_size or 256
+    if image_size % (downsampling * patch_size):
+        raise ValueError(
+            f"--image-size {image_size} does not divide: with --vae {vae} (downsampling {downsampling}) and "
+            f"patches of {patch_size} it must be a multiple of {downsampling * patch_size}"
+        )
+    return image_size
+
+
+def last_step(max_steps, epochs, global_batch_size, source, start):
+    """Return the step at which the run ends: --max-steps, or the one that completes --epochs from its start."""
+    if max_steps is not None:
+        return max_steps
+    if source.num_examples is None:
+        raise ValueError("--max-steps is missing: the data does not say how many images it has")
+    images = epochs * source.num_examples
+    if start.state is None:
+        return max(1, images // global_batch_size)
+    return start.step + max(0, images - start.state["samples_seen"]) // global_batch_size
+
+
+def initial_weights(config, seed, init_from, start):
+    """Return (state dict, lines for the log) of a new run: DiT's initialisation, or the weights of --init-from.
+
+    Weights of other classes or another image size can start a run: the tensors that depend on them are initialised. For
+    a run that resumes, and on ranks other than 0, return (None, []). Raise ValueError if the weights are missing or of
+    another architecture.
+    """
+    if start.state is not None or distributed.rank() != 0:
+        return None, []
+    torch.manual_seed(seed)
+    model = SiT(**config["model"])
+    fresh = model.state_dict()
+    if init_from is None:
+        return fresh, []
+    weights = load_weights(hub.resolve(init_from))
+    # Shapes do not determine the number of heads: weights of another number would load and be wrong.
+    wanted = config["model"]["num_heads"]
+    heads = weights.config["model"].get("num_heads") if weights.own else wanted
+    if heads != wanted:
+        raise ValueError(f"--init-from {init_from} has {heads} attention heads, and the model {wanted}")
+    given, notes = dict(weights.state_dict), [f"weights from {weights.path}"]
+    for key in ("path_type", "prediction"):
+        earlier, now = weights.config.get("transport", {}).get(key), config["transport"][key]
+        if earlier not in (None, now):
+            notes.append(f"the weights were trained with {flag_name(key)} {earlier}, and the run has {now}")
+    fixed = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
+    for key in ("y_embedder.embedding_table.weight", *fixed):
+        then, now = given.get(key, fresh[key]), fresh[key]
+        if then.shape == now.shape or then.shape[-1] != now.shape[-1]:
+            continue
+        given[key] = now
+        if key in fixed:  # a function of the number of tokens
+            notes.append(f"{then.shape[1]} tokens in the weights, {now.shape[1]} here: {key} is computed again")
+        else:
+            notes.append(f"{len(then)} class embeddings in the weights, {len(now)} here: they are initialised")
+    checkpoint.check_fit(fresh, given, f"--init-from {init_from}")
+    return given, notes
+
+
+def open_training_space(config, source, device, vae_precision, decodes, losses):
+    """Return the space to train in. With cached latents, load the autoencoder only if it `decodes` grids.
+
+    Raise ValueError if the VAE cannot be loaded, or one of the auxiliary `losses` reads images and the cache has none.
+    """
+    vae, dtype = config["latents"]["vae"], PRECISIONS[vae_precision]
+    if isinstance(source, Source):
+        return open_space(vae, config["latents"]["channels"], device, dtype)
+    if any(loss.reads_images for loss in losses):
+        source.require_images()
+    space = LatentSpace(vae, device, dtype, source.scale, source.shift)
+    if decodes:
+        space.load()
+    return space
+
+
+def open_dataset(config, source, sampler, num_workers):
+    """Return the data set for the loader: images by index or from a stream, or cached latents."""
+    if not isinstance(source, Source):
+        return source
+    image_size, num_classes = config["latents"]["image_size"], config["model"]["num_classes"]
+    channels = source.channels if config["latents"]["vae"] == "none" else 3
+    if source.streamed:
+        return StreamedBatches(source, ImageReader(image_size, channels, num_classes), sampler, num_workers)
+    return ImageDataset(source, image_size, channels, num_classes)
+
+
+def opening_lines(output_dir, start, notes, config, source, changed_flags):
+    """Return the lines of the log that say what a run is about to do."""
+    lines = [f"run folder {output_dir}", *notes, *(f"{problem}; it is not used" for problem in start.damaged)]
+    if start.state is not None:
+        lines += [f"resuming from {start.folder}, step {start.step}", *changed_flags]
+    model, count = config["model"], source.num_examples
+    shape = (model["in_channels"], model["input_size"], model["input_size"])
+    images = "a stream of images" if count is None else f"{count:,} images"
+    lines.append(f"{costs.num_parameters(model):,} parameters; {json.dumps(model)}")
+    return [*lines, f"{images} of {model['num_classes']} classes as {shape}; {json.dumps(config['transport'])}"]
+
+
+def print_plan(flags, config, lines, micro_batch_size, precision, mesh, grad_checkpoint, device):
+    """Print, on rank 0, the flags, the config, some lines and an estimate of the peak memory, for --dry-run."""
+    if distributed.rank() != 0:
+        return
+    print(yaml.safe_dump(flags, sort_keys=False), end="")
+    print(f"{costs.num_parameters(config['model']):,} parameters; {json.dumps(config)}")
+    for line in lines:
+        print(line)
+    shards = 1 if mesh is None else mesh.shape[-1]
+    memory = costs.training_memory(config["model"], micro_batch_size, precision, grad_checkpoint, shards, device)
+    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
+    print(f"estimated peak memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB = {parts}; without the autoencoder")

@@ -1,0 +1,181 @@
+"""Files that are either complete or absent: written under another name, flushed to the disk, then renamed."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+import zipfile
+
+import numpy as np
+
+from utils.errors import named
+
+LOCK = ".lock"
+_locks = []  # a lock is held while its file is open
+
+
+def partial_name(path):
+    """Return the name under which `path` is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Context that gives a path to write a file or folder to, and renames it to `path` if the block raises nothing."""
+    path = pathlib.Path(path)
+    partial = partial_name(path)
+    try:
+        yield partial
+        publish(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        raise
+
+
+def publish(partial, path):
+    """Flush a file or folder that was written under another name to the disk, and rename it to `path`."""
+    for entry in (*partial.rglob("*"), partial):
+        _fsync(entry)
+    partial.rename(path)
+    _fsync(path.parent)
+
+
+def _fsync(path):
+    """Flush one file, or a folder's list of entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path, content):
+    """Write plain data as a JSON file that is either complete or absent."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path):
+    """Return the object in a JSON file. Raise ValueError naming the file if it cannot be read or holds none."""
+    with named(f"{path} is damaged", (OSError, ValueError)):
+        content = json.loads(pathlib.Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+    return content
+
+
+def check_same_settings(path, settings, advice):
+    """Raise ValueError naming the first of `settings` that differs from those in a JSON file, with `advice` behind."""
+    earlier = read_json(path)
+    for key, value in settings.items():
+        if earlier.get(key) != value:
+            raise ValueError(f"{path}: made with {key} {earlier.get(key)!r}, not {value!r}; {advice}")
+
+
+def check_output(flag, path, inputs=()):
+    """Raise ValueError if the file `path` cannot be written, or is one of `inputs`; `flag` named it."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag} {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder")
+    if any(path.resolve() == pathlib.Path(other).resolve() for other in inputs):
+        raise ValueError(f"{flag} {path} is an input; it would be overwritten")
+    with named(f"{flag} {path}"):
+        partial_name(path).touch()
+        partial_name(path).unlink()
+
+
+def lock(folder, problem, patience=10):
+    """Lock a folder until this process ends, by a lock on a file in it. Return the open file.
+
+    Args:
+        folder: it must exist.
+        problem: text of the error if another process holds the lock.
+        patience: seconds to wait for the other process, in which the ranks of a killed run can be expected to end.
+
+    Raises:
+        ValueError: another process holds the lock.
+        OSError: the folder cannot be written to.
+    """
+    file = open(folder / LOCK, "a+")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            # POSIX's lock, which worker processes do not inherit.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                break  # a file system without locks
+        if time.monotonic() > deadline:
+            raise ValueError(problem)
+        time.sleep(0.2)
+    _locks.append(file)
+    return file
+
+
+class NpzWriter:
+    """Writes arrays into an .npz that `numpy.load` reads, batch by batch, so that no array is in memory as a whole."""
+
+    def __init__(self, path):
+        self.archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.archive.close()
+
+    def write_array(self, name, batches, length):
+        """Write one array of `length` rows from batches of rows, all of one dtype and shape.
+
+        Raises:
+            ValueError: the batches have another number of rows, or differ in dtype or shape.
+        """
+        with self.archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            written = 0
+            for batch in batches:
+                if written == 0:
+                    kind = batch.dtype, batch.shape[1:]
+                    header = {"descr": batch.dtype.str, "fortran_order": False, "shape": (length, *batch.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                if (batch.dtype, batch.shape[1:]) != kind:
+                    raise ValueError(
+                        f"{name}: rows of {batch.dtype} {batch.shape[1:]} after rows of {kind[0]} {kind[1]}"
+                    )
+                file.write(np.ascontiguousarray(batch).tobytes())
+                written += len(batch)
+        if written != length:
+            raise ValueError(f"{name} has {written} rows, and should have {length}")
+
+
+def sha256(path):
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def manifest_entry(path):
+    """Return what a manifest records of a file: its size in bytes and its SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def problem_with(path, entry):
+    """Return a line that says what is wrong with a file, given its entry in a manifest; None if it is intact."""
+    try:
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            return f"{path} is damaged: its size or checksum is not the manifest's"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return None
