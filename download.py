@@ -1,29 +1,20 @@
 """Find weights by name, path or URL: python download.py SiT-XL-2-256x256.pt"""
 
 from utils import command_line, hub
-from utils.weights import load_weights
+from utils.checkpoint import load_weights
+
+NAME = "SiT-XL-2-256x256.pt"
 
 
 def find_model(name_or_path):
-    """Return a state dict for `SiT.load_state_dict`, EMA weights first.
-
-    Args:
-        name_or_path: a path, a released model's name or a URL, as `hub.resolve` takes it.
-
-    Raises:
-        ValueError: nothing is there, it cannot be fetched, or it is not a SiT.
-    """
+    """Return the state dict of a SiT, EMA first, at a path, name or URL. Raise ValueError if there is none."""
     return load_weights(hub.resolve(name_or_path)).state_dict
 
 
 def main():
     parser = command_line.Parser("Fetch SiT weights into the cache of this machine and print their paths.")
-    parser.add_argument(
-        "names",
-        nargs="*",
-        default=["SiT-XL-2-256x256.pt"],
-        help="released models such as SiT-XL-2-256x256.pt or SiT-B/2-256, or URLs (default: SiT-XL-2-256x256.pt)",
-    )
+    text = f"released models such as {NAME} or SiT-B/2-256, or URLs (default: {NAME})"
+    parser.add_argument("names", nargs="*", default=[NAME], help=text)
     args = parser.parse_args()
     for name in args.names:
         with command_line.user_errors(parser):

@@ -18,26 +18,25 @@ import torch
 from tqdm import tqdm
 
 from data.cached import ShardWriter
-from data.flags import DATA_FLAGS, add_data_flags
 from data.images import ImageDataset, check_problems
 from data.loader import make_loader
-from data.sources import Source, open_source
-from utils import command_line, distributed
+from data.sources import DATA_FLAGS, Source, add_data_flags, open_source
+from utils import distributed
+from utils.command_line import Parser, flag_group, given, integer, one_of, user_errors
 from utils.grids import to_uint8
 from utils.precision import resolve_precision
 from vae import PRECISIONS, LatentSpace, geometry
 
 
 def build_parser():
-    parser = command_line.Parser("Encode a data set into cached latents, on one process or with torchrun on many.")
+    parser = Parser("Encode a data set into cached latents, on one process or with torchrun on many.")
     add_data_flags(parser)
-    add = command_line.flag_group(parser, "extraction")
-    at_least_one = command_line.integer(1)
+    add = flag_group(parser, "extraction")
     add("--output", pathlib.Path, "FOLDER", "folder of the shards and the manifest", required=True)
-    add("--batch-size", at_least_one, "N", "images at a time, per rank", default=64)
-    add("--shard-size", at_least_one, "N", "images per shard", default=4096)
-    add("--num-classes", at_least_one, "N", "number of classes (default: the data's)")
-    add("--dtype", command_line.one_of("float32", "float16"), "float32|float16", "of stored moments", default="float32")
+    add("--batch-size", integer(1), "N", "images at a time, per rank", default=64)
+    add("--shard-size", integer(1), "N", "images per shard", default=4096)
+    add("--num-classes", integer(1), "N", "number of classes (default: the data's)")
+    add("--dtype", one_of("float32", "float16"), "float32|float16", "of stored moments", default="float32")
     add("--keep-images", None, None, "store the cropped images, too, for losses that read them: 3 bytes per pixel")
     return parser
 
@@ -46,39 +45,34 @@ def main():
     # Check the flags, the data and the folder.
     parser = build_parser()
     args = parser.parse_args()
-    with command_line.user_errors(parser):
-        device = distributed.init()
+    with user_errors(parser):
+        device, rank = distributed.init(), distributed.rank()
         resolve_precision(None, device, on_gpu="tf32")  # as train.py does when it encodes images itself
-        source = open_source(**command_line.given(args, DATA_FLAGS))
+        source = open_source(**given(args, DATA_FLAGS))
         if not isinstance(source, Source):
             raise ValueError(f"--data-path {args.data_path} holds cached latents already")
         if source.streamed:
             raise ValueError("--streaming does not go with extraction, which reads examples by index")
         image_size = args.image_size or source.image_size or 256
         space, encoding = open_autoencoder(args.vae or "ema", args.vae_precision, image_size, device)
-        settings = {
-            "data_path": os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path,
-            **{key: getattr(args, key) for key in ("split", "image_key", "label_key")},
-            "names_and_labels": source.fingerprint(),
-            "num_examples": source.num_examples,
-            "num_classes": source.resolve_classes(args.num_classes, args.skip_bad_images),
-            "mirrors": source.mirrors,
-            **encoding,
-            **{key: getattr(args, key) for key in ("batch_size", "shard_size", "dtype")},
-            **({"keep_images": True} if args.keep_images else {}),
-        }
+        data_path = os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path
+        num_classes = source.resolve_classes(args.num_classes, args.skip_bad_images)
+        settings = {"data_path": data_path} | {key: getattr(args, key) for key in ("split", "image_key", "label_key")}
+        settings |= {"names_and_labels": source.fingerprint(), "num_examples": source.num_examples}
+        settings |= {"num_classes": num_classes, "mirrors": source.mirrors, **encoding}
+        settings |= {key: getattr(args, key) for key in ("batch_size", "shard_size", "dtype")}
+        settings |= {"keep_images": True} if args.keep_images else {}
         writer = ShardWriter(args.output, settings)
         distributed.on_rank_zero(writer.prepare)
 
     # Encode the shards that are missing, each rank its own.
-    mine = distributed.on_rank_zero(writer.missing)[distributed.rank() :: distributed.world_size()]
+    mine = distributed.on_rank_zero(writer.missing)[rank :: distributed.world_size()]
     ranges = [indices for k in mine for indices in writer.batches(k)]
     keys = ([(index, False) for index in indices] for indices in ranges)
-    dataset = ImageDataset(source, image_size, 3, settings["num_classes"])
-    batches = make_loader(dataset, keys, args.num_workers, device)
+    batches = make_loader(ImageDataset(source, image_size, 3, num_classes), keys, args.num_workers, device)
     start, total, skipped = time.perf_counter(), sum(map(len, ranges)), 0
-    bar = tqdm(total=total, unit=" images", disable=None if distributed.rank() == 0 else True)
-    with bar, command_line.user_errors(parser):
+    bar = tqdm(total=total, unit=" images", disable=True if rank else None)
+    with bar, user_errors(parser):
         for k in mine:
             encoded, left_out = [], []
             for batch in itertools.islice(batches, len(writer.batches(k))):
@@ -90,12 +84,11 @@ def main():
             writer.write(k, {key: torch.cat([part[key] for part in encoded]) for key in encoded[0]}, left_out)
             skipped += len(left_out)
     seconds = time.perf_counter() - start
-    speed = f"{total} images in {seconds:.1f} s, {total / seconds:.1f} images/s"
-    print(f"rank {distributed.rank()}: {speed}, {skipped} left out")
+    print(f"rank {rank}: {total} images in {seconds:.1f} s, {total / seconds:.1f} images/s, {skipped} left out")
 
     # Write the manifest.
     distributed.barrier()
-    if distributed.rank() == 0:
+    if rank == 0:
         writer.finish()
         print(args.output)
     distributed.shutdown()
@@ -109,22 +102,15 @@ def open_autoencoder(vae, precision, image_size, device):
     if image_size % downsampling:
         raise ValueError(f"--image-size {image_size} does not divide: it must be a multiple of {downsampling}")
     space = LatentSpace(vae, device, PRECISIONS[precision])
-    return space, {
-        "vae": str(pathlib.Path(vae).resolve()) if pathlib.Path(vae).is_dir() else vae,
-        "vae_precision": precision,
-        "scale": space.scale,
-        "shift": space.shift,
-        "channels": channels,
-        "image_size": image_size,
-        "latent_size": image_size // downsampling,
-    }
+    name = os.path.realpath(vae) if os.path.isdir(vae) else vae
+    encoding = {"vae": name, "vae_precision": precision, "scale": space.scale, "shift": space.shift}
+    return space, encoding | dict(channels=channels, image_size=image_size, latent_size=image_size // downsampling)
 
 
 def encode(space, batch, dtype, keep_images):
-    """Return a part of a shard, {key: tensor}, of a batch's good examples.
+    """Return a batch's good examples as a part of a shard: "labels" is (N,) int64, "images" uint8 (N, 3, H, W).
 
-    "moments" is (N, 2, 2, C, h, w): of the image and of its mirror image, mean and standard deviation. "labels" is (N,)
-    int64. "images" is uint8 (N, 3, H, W).
+    "moments" is (N, 2, 2, C, h, w): of the image and of its mirror image, mean and standard deviation.
     """
     good = torch.tensor([not lines for lines in batch["problems"]])
     images = batch["images"].to(space.device)

@@ -120,8 +120,7 @@ class SiT(nn.Module):
         num_classes: number of classes; the null class is the index after the last.
         learn_sigma: predict twice the channels and discard the second half, as the released ImageNet models do.
 
-    Raises:
-        ValueError: sizes that do not fit each other.
+    Raise ValueError if sizes do not fit each other.
     """
 
     def __init__(
@@ -212,15 +211,12 @@ class SiT(nn.Module):
             force_drop_ids: (N,) bool, labels to replace by the null class; None: at random, in training mode alone.
             hidden_blocks: indices of blocks, in [0, depth), whose output is wanted too, for losses on hidden states.
 
-        Returns:
-            (N, in_channels, H, W); with `hidden_blocks`, that and a list of (N, T, D), one for each of them.
+        Return (N, in_channels, H, W); with `hidden_blocks`, that and a list of (N, T, D), one for each of them.
         """
         return self.forward_embedded(x, t, self.y_embedder(y, force_drop_ids), hidden_blocks)
 
     def forward_embedded(self, x, t, labels, hidden_blocks=()):
         """Do what `forward` does, for labels that are embedded already (N, D). This part of it can be compiled."""
-        if hidden_blocks and not 0 <= min(hidden_blocks) <= max(hidden_blocks) < len(self.blocks):
-            raise ValueError(f"hidden_blocks must lie in [0, {len(self.blocks)}), not {hidden_blocks}")
         # In this order the sum is laid out as the positions are, token by token; the patches are channel by channel.
         x = self.pos_embed + self.x_embedder(x)  # (N, T, D)
         c = self.t_embedder(t) + labels  # (N, D)
@@ -239,18 +235,10 @@ class SiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=3):
         """Predict with classifier-free guidance: unconditional + scale (conditional - unconditional).
 
-        Ho & Salimans (2022), with their w = cfg_scale - 1.
-
-        Args:
-            x: (2N, C, H, W), of which the first half is used twice and the second ignored.
-            t: (2N,) times, or (1,).
-            y: (2N,) labels: N classes, then N times the null class.
-            cfg_scale: 1 is no guidance.
-            guided_channels: guide this many leading channels, and leave the rest as predicted for each half; None:
-                all. The released models were sampled with 3.
-
-        Returns:
-            (2N, C, H, W): the guided prediction, twice.
+        Ho & Salimans (2022), with their w = cfg_scale - 1. x is (2N, C, H, W), of which the first half is used twice; t
+        (2N,) or (1,); y (2N,), N classes and N times the null class. The leading `guided_channels` (None: all) are
+        guided, 3 as the released models were sampled; the rest is as predicted for each half. Return (2N, C, H, W): the
+        guided prediction, twice.
         """
         half = x[: len(x) // 2]
         output = self.forward(torch.cat([half, half]), t, y).to(x.dtype)  # a difference that bf16 would round

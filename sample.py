@@ -4,8 +4,7 @@ import math
 import pathlib
 
 from sampling import flags
-from sampling.draw import SampleSettings, decode, describe, draw, summary
-from sampling.guidance import resolve_cfg_interval, resolve_cfg_scale
+from sampling.draw import decode, describe, draw, resolve_settings, summary
 from sampling.pipeline import check_labels, default_labels, load_pipeline
 from utils import distributed, files
 from utils.command_line import Parser, flag_group, given, integer, user_errors
@@ -21,14 +20,12 @@ def build_parser():
     flags.add_guidance_flags(parser)
     flags.add_speed_flags(parser)
     add = flag_group(parser, "images")
-    labels = "classes to draw (default: eight of ImageNet's for 1000 classes, else the first ten)"
-    add("--class-labels", integer(0), "LABEL", labels, nargs="+")
+    add("--class-labels", integer(0), "LABEL", "classes (default: eight of ImageNet's, or the first ten)", nargs="+")
     add("--samples-per-class", integer(1), "N", "images of each label", default=1)
     add("--columns", integer(1), "N", "columns of the grid (default: by the number of images)")
     add("--batch-size", integer(1), "N", "images at a time", default=64)
     add("--seed", integer(0), "SEED", "seed; the noise of image i depends on it and i alone", default=0)
-    output = "the grid; FILE.json beside it stores the settings and the NFE"
-    add("--output", pathlib.Path, "FILE.png", output, default=pathlib.Path("sample.png"))
+    add("--output", pathlib.Path, "FILE.png", "grid; FILE.json stores the settings", default=pathlib.Path("sample.png"))
     return parser
 
 
@@ -47,10 +44,7 @@ def main():
         pipeline = load_pipeline(args.ckpt, device, args.guided_channels, args.vae_precision, **weights)
         labels = args.class_labels or default_labels(pipeline.model.num_classes)
         check_labels(labels, pipeline.model.num_classes)
-        cfg_scale = resolve_cfg_scale(args.cfg_scale, pipeline.model)
-        cfg_interval = resolve_cfg_interval(args.cfg_interval, cfg_scale)
-        settings = SampleSettings(mode, solver, cfg_scale, cfg_interval, args.seed)
-        settings.sampler(pipeline.transport)
+        settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.seed)
 
     # Draw, and write the grid and its settings.
     pipeline.speed_up(precision, args.compile)

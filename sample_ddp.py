@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from evaluation.images import ImageBatches
 from sampling import flags
-from sampling.draw import SampleSettings, decode, describe, draw, draw_labels, summary
-from sampling.guidance import resolve_cfg_interval, resolve_cfg_scale
+from sampling.draw import decode, describe, draw, draw_labels, resolve_settings, summary
 from sampling.pipeline import load_pipeline
-from sampling.shards import Background, Shards
+from sampling.shards import Shards, background
 from utils import distributed
 from utils.command_line import Parser, flag_group, flag_name, given, integer, one_of, user_errors
 from utils.errors import named
@@ -49,8 +48,7 @@ def build_parser():
     add("--num-fid-samples", integer(1), "N", "images to draw", default=50_000)
     add("--per-proc-batch-size", integer(1), "N", "images at a time, per rank", default=32)
     add("--global-seed", integer(0), "SEED", "seed; noise and label of image i depend on it and i alone", default=0)
-    balanced = "draw the same number of each class, in turn (default: labels uniform at random)"
-    add("--balanced-labels", None, None, balanced)
+    add("--balanced-labels", None, None, "draw each class in turn (default: labels uniform at random)")
     add("--sample-dir", pathlib.Path, "DIR", "folder of outputs with default names", default=pathlib.Path("samples"))
     add("--output", pathlib.Path, "FILE.npz", "arr_0: images, arr_1: labels (default: named after the settings)")
     add("--protocol", one_of(*PROTOCOLS), "NAME", f"settings of a row of the paper's tables: {', '.join(PROTOCOLS)}")
@@ -73,10 +71,7 @@ def main():
         precision = resolve_precision(args.precision, device, on_gpu="tf32")
         weights = given(args, flags.WEIGHTS_FLAGS)
         pipeline = load_pipeline(args.ckpt, device, args.guided_channels, args.vae_precision, **weights)
-        cfg_scale = resolve_cfg_scale(args.cfg_scale, pipeline.model)
-        cfg_interval = resolve_cfg_interval(args.cfg_interval, cfg_scale)
-        settings = SampleSettings(mode, solver, cfg_scale, cfg_interval, args.global_seed)
-        settings.sampler(pipeline.transport)
+        settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.global_seed)
         count, digests = args.num_fid_samples, pipeline.digests()
         pipeline.speed_up(precision, args.compile)
         identity = describe(pipeline, settings) | digests | dict(vae_precision=args.vae_precision)
@@ -99,8 +94,8 @@ def main():
         total = draw_missing(shards, pipeline, labels, settings, args.per_proc_batch_size, args.save_png)
         distributed.barrier()
         seconds = time.perf_counter() - start
-        description = identity | {"ckpt": args.ckpt, "vae_name": pipeline.space.name}
-        description = distributed.on_rank_zero(put_together, shards, labels, description)
+        identity |= {"ckpt": args.ckpt, "vae_name": pipeline.space.name}
+        description = distributed.on_rank_zero(shards.finish, labels, identity)
     if distributed.rank() == 0:
         print(summary(description))
         if args.protocol is not None:
@@ -117,7 +112,7 @@ def draw_missing(shards, pipeline, labels, settings, batch_size, save_png):
     total = sum(end - begin for begin, end in missing)
     with (
         tqdm(total=total, unit=" images", disable=None if rank == 0 else True) as bar,
-        Background(pipeline.device) as background,
+        background(pipeline.device) as submit,
     ):
 
         def finish(drawn, begin, counts):
@@ -130,7 +125,7 @@ def draw_missing(shards, pipeline, labels, settings, batch_size, save_png):
         for begin, end in missing[rank::world_size]:
             how = dict(first_index=begin, batch_size=batch_size, show_progress=False)
             drawn, counts = draw(pipeline, labels[begin:end].tolist(), settings, **how)
-            background.submit(finish, drawn, begin, counts)
+            submit(finish, drawn, begin, counts)
     return total
 
 
@@ -143,13 +138,6 @@ def write_existing_pngs(shards):
         else:
             for (begin, _), path in shards.intact().items():
                 shards.write_pngs(np.load(path, allow_pickle=False), begin)
-
-
-def put_together(shards, labels, description):
-    """Write the output with its description, to which the counts of the shards are added. Return that."""
-    description = description | shards.counts()
-    shards.finish(labels, description)
-    return description
 
 
 def protocol_settings(protocol, given):

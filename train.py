@@ -13,10 +13,9 @@ import sys
 import torch
 from tqdm import tqdm
 
-from data.flags import DATA_FLAGS, add_data_flags
 from data.images import ImageDataset
-from data.loader import GlobalBatchSampler, make_loader
-from data.sources import Source
+from data.loader import GlobalBatchSampler
+from data.sources import DATA_FLAGS, Source, add_data_flags
 from evaluation.images import ImageBatches
 from evaluation.metrics import MOST_PIXELS, MOST_REFERENCES
 from evaluation.monitor import Monitor
@@ -28,25 +27,16 @@ from sampling.pipeline import Pipeline, default_labels
 from training import log, losses, resume, setup
 from training.step import EMA, Trainer, batches_on_device, draw_randomness, learning_rate
 from transport import create_transport, logit_normal
-from utils import checkpoint, distributed
-from utils.command_line import (
-    Parser,
-    add_config_flag,
-    flag_group,
-    given,
-    integer,
-    number,
-    one_of,
-    plain,
-    user_errors,
-)
+from utils import checkpoint, command_line, distributed
+from utils.checkpoint import TRANSPORT_KEYS
+from utils.command_line import Parser, add_config_flag, flag_group, given, integer, number, one_of, plain
 from utils.grids import to_uint8
 from utils.precision import DTYPES, resolve_precision
-from utils.weights import TRANSPORT_KEYS
 
 # How samples are drawn during training. The steps are fixed: with FSDP all ranks must make as many evaluations.
 SOLVER = ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26}
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
+YES_OR_NO = argparse.BooleanOptionalAction
 COUNTS = ("bad_steps", "bad_in_a_row", "bad_images")  # in trainer_state.json
 
 
@@ -54,8 +44,7 @@ def build_parser():
     parser = Parser("Train a SiT on one CPU or GPU, or with torchrun on many.")
     add_config_flag(parser)
     add = add_data_flags(parser)
-    flip = "mirror images at random (default: yes, but not digits)"
-    add("--horizontal-flip", None, None, flip, action=argparse.BooleanOptionalAction)
+    add("--horizontal-flip", None, None, "mirror images at random (default: yes, but not digits)", action=YES_OR_NO)
     add_model_flags(parser)
     add_transport_flags(parser, from_checkpoint=False)
     add_optimisation_flags(parser)
@@ -74,24 +63,18 @@ def add_model_flags(parser):
     add("--hidden-size", integer(1), "N", "width of the transformer (default: the model's)")
     add("--depth", integer(1), "N", "number of blocks (default: the model's)")
     add("--num-heads", integer(1), "N", "attention heads (default: the model's)")
-    add(
-        "--mlp-ratio", number(0, exclude_minimum=True), "R", "width of the MLPs / width of the transformer", default=4.0
-    )
-    dropout = "share of labels that training replaces by the null class; 0: no guidance"
-    add("--class-dropout-prob", number(0, 1), "P", dropout, default=0.1)
+    add("--mlp-ratio", number(0, exclude_minimum=True), "R", "width of the MLPs / hidden size", default=4.0)
+    add("--class-dropout-prob", number(0, 1), "P", "share of labels replaced by the null class", default=0.1)
     add("--num-classes", integer(1), "N", "number of classes (default: the data's)")
-    sigma = "twice the output channels, the second half unused, as in the released models"
-    add("--learn-sigma", None, None, sigma, default=True, action=argparse.BooleanOptionalAction)
+    add("--learn-sigma", None, None, "add as many unused output channels, as released", default=True, action=YES_OR_NO)
 
 
 def add_optimisation_flags(parser):
     add, positive = flag_group(parser, "optimisation"), number(0, exclude_minimum=True)
     add("--epochs", integer(1), "N", "passes over the data", default=1400)
     add("--max-steps", integer(1), "N", "optimizer steps, in place of --epochs")
-    batch = "images per step = micro-batch x ranks x gradient accumulation steps"
-    add("--global-batch-size", integer(1), "N", batch, default=256)
-    micro = "images per rank at a time, accumulated to the global batch (default: global batch / ranks)"
-    add("--micro-batch-size", integer(1), "N", micro)
+    add("--global-batch-size", integer(1), "N", "images per step, over all ranks", default=256)
+    add("--micro-batch-size", integer(1), "N", "images per rank at a time (default: global batch / ranks)")
     add("--lr", positive, "LR", "AdamW's peak learning rate", default=1e-4)
     add("--lr-schedule", one_of("constant", "cosine"), "constant|cosine", "cosine: to 0", default="constant")
     add("--warmup-steps", integer(0), "N", "steps of linear learning rate warm-up", default=0)
@@ -99,21 +82,21 @@ def add_optimisation_flags(parser):
     add("--weight-decay", number(0), "W", "AdamW's weight decay", default=0.0)
     add("--max-grad-norm", positive, "NORM", "clip the gradient to this 2-norm (default: no clipping)")
     add("--ema-decay", number(0, 1), "D", "decay of the EMA per step", default=0.9999)
-    warmup = "use a smaller decay at first, (1 + n) / (10 + n) at step n, so that short runs have a useful EMA"
-    add("--ema-warmup", None, None, warmup, default=True, action=argparse.BooleanOptionalAction)
-    times = "distribution of training times; uniform is the paper's"
-    add("--time-sampling", one_of("uniform", "logit-normal"), "uniform|logit-normal", times, default="uniform")
+    warmup = "use a smaller decay at first, (1 + n) / (10 + n) at step n"
+    add("--ema-warmup", None, None, warmup, default=True, action=YES_OR_NO)
+    times = "uniform", "logit-normal"
+    add("--time-sampling", one_of(*times), "|".join(times), "distribution of training times", default="uniform")
     add("--logit-normal-mean", number(), "M", "above 0: closer to the data", default=0.0)
     add("--logit-normal-std", positive, "S", "smaller: more concentrated", default=1.0)
     add("--global-seed", integer(0), "SEED", "seed of everything random, for any number of ranks", default=0)
-    bad = "stop after this many steps in a row whose loss or gradient is not finite; each is left out"
-    add("--max-bad-steps", integer(1), "N", bad, default=10)
+    add(
+        "--max-bad-steps", integer(1), "N", "stop after so many non-finite steps in a row; each is left out", default=10
+    )
 
 
 def add_hardware_flags(parser):
     add = flag_group(parser, "hardware")
-    parallel = "ddp: each rank has the whole model; fsdp: ranks share it (default: ddp if that fits)"
-    add("--parallel", one_of("auto", "ddp", "fsdp"), "auto|ddp|fsdp", parallel, default="auto")
+    add("--parallel", one_of("auto", "ddp", "fsdp"), "auto|ddp|fsdp", "auto: ddp if that fits", default="auto")
     add("--fsdp-shard-size", integer(1), "N", "ranks that share one model, such as a node's (default: all)")
     kinds = "of the model's products; weights, optimizer, EMA and loss are fp32 (default: bf16 on a GPU, else fp32)"
     add("--precision", one_of(*DTYPES), "|".join(DTYPES), kinds)
@@ -125,41 +108,36 @@ def add_run_flags(parser):
     add = flag_group(parser, "run")
     add("--output-dir", pathlib.Path, "DIR", "the run's folder (default: a new, numbered one in --results-dir)")
     add("--results-dir", pathlib.Path, "DIR", "folder of numbered run folders", default=pathlib.Path("results"))
-    where = "auto: from the newest checkpoint in --output-dir, if there is one; never; or a run or checkpoint folder"
+    where = "auto: from the newest checkpoint in --output-dir, if there is one; or a run folder or checkpoint folder"
     add("--resume", str, "auto|never|PATH", where, default="auto")
-    weights = "start a new run from these weights, named as for sample.py's --ckpt, with a new optimizer"
-    add("--init-from", str, "PATH|NAME|URL", weights, alias="--ckpt")
+    add("--init-from", str, "PATH|NAME|URL", "start a new run from weights, named as for sample.py", alias="--ckpt")
     add("--log-every", integer(1), "STEPS", "steps between lines of the log", default=100)
     add("--ckpt-every", integer(1), "STEPS", "steps between checkpoints; the end makes one too", default=50_000)
     add("--keep-checkpoints", integer(1), "N", "keep this many of the newest checkpoints (default: all)")
     add("--keep-every", integer(1), "STEPS", "keep checkpoints at multiples of this step, too")
     add("--sample-every", integer(0), "STEPS", "steps between grids of EMA samples; 0: none", default=10_000)
-    cfg = "guidance scale of those grids; 1 is none (default: 4, or 1 with --class-dropout-prob 0)"
-    add("--cfg-scale", number(), "S", cfg)
-    every = "steps between Frechet distances of EMA samples without guidance to a reference; 0: none"
-    add("--eval-every", integer(0), "STEPS", every, default=0)
+    add("--cfg-scale", number(), "S", "guidance scale of those grids (default: 4, or 1 without a null class)")
+    add("--eval-every", integer(0), "STEPS", "steps between FIDs of EMA samples without guidance; 0: none", default=0)
     add("--eval-samples", integer(2), "N", "samples for it, over all ranks", default=5000)
-    reference = ".npz or folder, as for evaluate.py (default: the training images, if they are small)"
-    add("--eval-reference", pathlib.Path, "PATH", reference)
+    add(
+        "--eval-reference", pathlib.Path, "PATH", "as for evaluate.py (default: the training images, if they are small)"
+    )
     add("--inception-weights", pathlib.Path, "FILE.pth", "see evaluate.py (default: download them once)")
     add("--tensorboard", None, None, "log to TensorBoard, too, in the run's folder")
-    wandb = "log to Weights & Biases, too, which reads WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE"
-    add("--wandb", None, None, wandb)
+    add("--wandb", None, None, "log to Weights & Biases, too: WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are read")
     add("--dry-run", None, None, "print flags, sizes and an estimate of the memory, and exit")
 
 
 def main(loss_builders=(), extra_emas=()):
     """Train as the command line says.
 
-    Args:
-        loss_builders: functions of the model that return an `AuxiliaryLoss` beside the main one.
-        extra_emas: `EMA`s beside that of the flags.
+    `loss_builders` are functions of the model that return an `AuxiliaryLoss`; `extra_emas` are `EMA`s.
     """
     # Check the flags against each other, the data and the machine, before anything is written.
     parser = build_parser()
     args = parser.parse_args()
     flags = plain(args)
-    with user_errors(parser):
+    with command_line.user_errors(parser):
         device = distributed.init()
         rank, world_size = distributed.rank(), distributed.world_size()
         resume.check_restarts(args.output_dir, args.resume)
@@ -176,14 +154,11 @@ def main(loss_builders=(), extra_emas=()):
         parallel, mesh = setup.resolve_parallel(args.parallel, args.fsdp_shard_size, model, device)
         cfg_scale = resolve_cfg_scale(args.cfg_scale, model)
         length = args.max_steps, args.epochs, args.global_batch_size, source
-        batch_text = (
-            f"steps of {args.global_batch_size} images = micro-batch {micro_batch_size} x {world_size} ranks "
-            f"x {accumulation} gradient accumulation steps; {parallel}, {precision} on {device.type}, torch "
-            f"{torch.__version__}"
-        )
+        text = f"steps of {args.global_batch_size} images = micro-batch {micro_batch_size} x {world_size} ranks"
+        text = f"{text} x {accumulation} gradient accumulation steps; {parallel}, {precision} on {device.type}"
         if args.dry_run:
-            lines = [f"{setup.last_step(*length, resume.Start()):,} {batch_text}"]
-            setup.print_plan(flags, config, lines, micro_batch_size, precision, mesh, args.grad_checkpoint, device)
+            text = f"{setup.last_step(*length, resume.Start()):,} {text}"
+            setup.print_plan(flags, config, text, micro_batch_size, precision, mesh, args.grad_checkpoint, device)
             return distributed.shutdown()
 
         # Find the checkpoint to resume from, load what can fail, and lock the run's folder.
@@ -195,8 +170,7 @@ def main(loss_builders=(), extra_emas=()):
         weights, notes = setup.initial_weights(config, args.global_seed, args.init_from, start)
         auxiliary = losses.build_losses(loss_builders, model, args.global_seed)
         space = setup.open_training_space(config, source, device, args.vae_precision, args.sample_every > 0, auxiliary)
-        evaluation = (args.eval_reference, args.inception_weights)
-        monitor = open_monitor(config, source, *evaluation, device, args.eval_every)
+        monitor = open_monitor(config, source, args.eval_reference, args.inception_weights, device, args.eval_every)
         open_trackers = log.import_trackers([tracker for tracker in log.TRACKERS if flags[tracker]])
         start = resume.claim_folder(output_dir, args.resume)
         resume.check_model(config, start)
@@ -217,28 +191,18 @@ def main(loss_builders=(), extra_emas=()):
     ema_pipeline = Pipeline(trainer.ema_modules["ema"], transport, space, device, None, precision=precision)
     state = start.state or {"samples_seen": 0, "window": None} | dict.fromkeys(COUNTS, 0)
     samples_seen = state["samples_seen"]
-    sampler = GlobalBatchSampler(
-        source.num_examples,
-        args.global_batch_size,
-        micro_batch_size,
-        seed=args.global_seed,
-        rank=rank,
-        world_size=world_size,
-        mirror=source.mirrors if args.horizontal_flip is None else args.horizontal_flip,
-        start=samples_seen,
-    )
-    dataset = setup.open_dataset(config, source, sampler, args.num_workers)
-    loader = make_loader(dataset, sampler, args.num_workers, device)
+    mirror = source.mirrors if args.horizontal_flip is None else args.horizontal_flip
+    order = dict(seed=args.global_seed, rank=rank, world_size=world_size, mirror=mirror, start=samples_seen)
+    sampler = GlobalBatchSampler(source.num_examples, args.global_batch_size, micro_batch_size, **order)
+    loader = setup.open_loader(config, source, sampler, args.num_workers, device)
     batches = batches_on_device(loader, space, device, trainer.reads_images)
     share = args.global_batch_size // world_size
     places = slice(rank * share, (rank + 1) * share)
 
-    # Say what is about to happen.
-    for line in setup.opening_lines(output_dir, start, notes, config, source, resume.changed_flags(flags, start)):
-        run_log.line(line)
-    run_log.line(f"{max_steps:,} {batch_text}")
-
     # Train.
+    text = f"{max_steps:,} {text}; torch {torch.__version__}"
+    for line in setup.opening_lines(output_dir, start, notes, config, source, resume.changed_flags(flags, start), text):
+        run_log.line(line)
     writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, run_log.line)
     stop = resume.StopRequest()
     finite = resume.FiniteCheck(device, args.max_bad_steps, state["bad_steps"], state["bad_in_a_row"], run_log.line)
@@ -257,7 +221,7 @@ def main(loss_builders=(), extra_emas=()):
         # Forward and backward, micro-batch by micro-batch.
         loss = 0.0
         for i in range(accumulation):
-            with meter.timing("waiting"), user_errors(parser):
+            with meter.timing("waiting"), command_line.user_errors(parser):
                 batch = next(batches)
                 left_out.add(step + 1, batch["problems"])
             micro = slice(i * micro_batch_size, (i + 1) * micro_batch_size)

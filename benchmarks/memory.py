@@ -1,87 +1,107 @@
-"""Memory of training: python benchmarks/memory.py
+"""Peak memory of training: python benchmarks/memory.py
 
-First the estimates of `train.py --dry-run` beside measured peaks of this device, each in a process of its own: of all
-tensors, and of what is taken from the system, with what the allocator wastes and libraries work in. Then the largest
-batch of a GPU by the estimate, for sizes of GPUs and models.
+First the estimates of `train.py --dry-run` beside peaks measured on this device, each in its own process: of all
+tensors, and of what is taken from the system, which includes what the allocator wastes and libraries use. Then, by the
+estimate, the largest batch that fits GPUs of several sizes.
 """
 
-import json
+import itertools
 import multiprocessing
-import pathlib
-import sys
 
+import measuring
 import torch
+from steps import start_trainer, training_step
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-
-import measuring  # noqa: E402
-
-from models import SiT, SiT_models  # noqa: E402
+from models import SiT_models
 from training import costs
-from training import step
-from utils import command_line
-from utils import distributed
-from utils import files
-from utils import precision
+from utils import command_line, distributed
+from utils.precision import resolve_precision
 
 GPU_GIB = (24, 40, 80, 141)
-USABLE = 0.92  # of a GPU: the rest is the CUDA context, the work space of kernels, what the allocator cannot use
+USABLE = 0.92  # of a GPU; the rest is for CUDA, the workspace of kernels, and what the allocator wastes
 LARGEST = 4096
+SETTINGS = (("fp32", False), ("bf16", False), ("bf16", True))  # precision and gradient checkpointing
 
 
-def config_of(name, image_size):
-    return dict(SiT_models[name].keywords, input_size=image_size // 8, in_channels=4, num_classes=1000)
-
-
-def measured(of_tensors, model_config, batch_size, precision, grad_checkpoint):
-    """Peak memory of three training steps in bytes: of all tensors, or what the process takes from the system."""
+def measured(meter, model_config, batch_size, precision, grad_checkpoint):
+    """Return the peak memory of `train` in bytes, by `PeakOfTensors` or `PeakOfProcess`."""
     device = distributed.init()
-    precision.resolve_precision(precision, device, on_gpu="bf16")
-    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # libraries take their memory
-    peak = (measuring.PeakOfTensors if of_tensors else measuring.PeakOfProcess)(device)
-    with peak:
+    resolve_precision(precision, device, on_gpu="bf16")
+    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # makes libraries allocate their memory
+    with meter(device) as peak:
         train(device, model_config, batch_size, precision, grad_checkpoint)
     return peak.bytes
 
 
 def train(device, model_config, batch_size, precision, grad_checkpoint):
-    """Three steps on one batch, with the optimizer and the average of train.py."""
-    model = SiT(**model_config).to(device).train()
-    model.grad_checkpoint = grad_checkpoint
-    precision.choose_attention(model, device, precision)
-    ema = [p.detach().clone() for p in model.parameters()]
-    optimizer = step.build_optimizer(model, 1e-4, (0.9, 0.999), 0.0)
-    x = torch.randn(batch_size, model.in_channels, model.input_size, model.input_size, device=device)
-    t, y = torch.rand(batch_size, device=device), torch.zeros(batch_size, dtype=torch.long, device=device)
+    """Make three training steps on one batch."""
+    trainer = start_trainer(model_config, device, precision, grad_checkpoint=grad_checkpoint)
+    step = training_step(trainer, batch_size)
     for _ in range(3):
-        with precision.autocast(device, precision):
-            output = model(x, t, y)
-        loss = output.float().square().mean()
-        loss.backward()
-        step.step_optimizer(optimizer, loss.detach(), 1e-4)
-        step.update_ema(ema, list(model.parameters()), 0.9999)
+        step()
 
 
 def estimate(model_config, batch_size, precision, grad_checkpoint, device):
+    """Return the estimate of --dry-run in bytes."""
     parts = costs.training_memory(model_config, batch_size, precision, grad_checkpoint, shards=1, device=device)
     return sum(parts.values())
 
 
-def largest_batch(model_config, gib, grad_checkpoint):
-    """The largest batch in bf16 whose estimate fits a GPU of so many GiB; 0: none does."""
+def measure(model_config, batch_size, precision, grad_checkpoint, device):
+    """Return a dict of the setting, its estimate and its measured peaks, in bytes."""
+    setting = dict(batch_size=batch_size, precision=precision, grad_checkpoint=grad_checkpoint)
+    peaks = {}
+    for name, meter in (("tensors", measuring.PeakOfTensors), ("taken", measuring.PeakOfProcess)):
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            peaks[name] = pool.apply(measured, (meter, model_config), setting)
+    return setting | {"estimate": estimate(model_config, **setting, device=device)} | peaks
+
+
+def print_measured(rows):
+    """Print a table of the results of `measure`, with the ratio of each peak to the estimate."""
+    lines = []
+    for row in rows:
+        cells = (f"{measuring.gib(row[key]):.2f} ({row[key] / row['estimate']:.2f})" for key in ("tensors", "taken"))
+        setting = row["model"], row["batch_size"], row["precision"], "yes" if row["grad_checkpoint"] else "no"
+        lines.append([*setting, f"{measuring.gib(row['estimate']):.2f}", *cells])
+    columns = ["model", "batch", "precision", "--grad-checkpoint", "estimate, GiB", "tensors (ratio)", "taken (ratio)"]
+    measuring.print_table(columns, lines)
+
+
+def fixed_and_per_image(model_config, grad_checkpoint):
+    """Return the two terms of the estimate in bf16 on a GPU, which is linear in the batch size: bytes."""
     gpu = torch.device("cuda")
-    one, two = (estimate(model_config, size, "bf16", grad_checkpoint, gpu) for size in (1, 2))  # linear in the batch
-    room = USABLE * gib * 2**30 - (2 * one - two)
-    return min(LARGEST, max(0, int(room // (two - one))))
+    one, two = (estimate(model_config, size, "bf16", grad_checkpoint, gpu) for size in (1, 2))
+    return 2 * one - two, two - one
+
+
+def largest_batch(fixed, per_image, gib):
+    """Return, as text, the largest batch whose estimate fits a GPU of so many GiB; 0 if none does."""
+    batch = int((USABLE * gib * 2**30 - fixed) // per_image)
+    return f"{LARGEST}+" if batch >= LARGEST else f"{max(0, batch)}"
+
+
+def print_largest_batches(image_size):
+    """Print a table of the largest batches by GPU and model."""
+    print(f"\nLargest batch of a GPU by the estimate, not measured: bf16, {USABLE:.0%} of the memory used;")
+    print("in brackets with --grad-checkpoint; + for that number or more\n")
+    configs = {name: measuring.model_config(name, image_size) for name in SiT_models if name.endswith("/2")}
+    terms = [[fixed_and_per_image(config, again) for again in (False, True)] for config in configs.values()]
+    lines = []
+    for gib in GPU_GIB:
+        cells = ([largest_batch(*pair, gib) for pair in pairs] for pairs in terms)
+        lines.append([f"{gib} GB", *(f"{plain} ({again})" for plain, again in cells)])
+    measuring.print_table(["GPU", *configs], lines)
 
 
 def build_parser():
-    parser = command_line.Parser(description="Memory of training: estimates beside measured peaks, and what fits GPUs.")
+    parser = command_line.Parser("Peak memory of training: estimates, measured peaks, and the batches that fit GPUs.")
     add = command_line.flag_group(parser, "measurement")
-    add("--models", command_line.one_of(*SiT_models), "NAME", "measured (default: SiT-S/2; XL/2, too, on a GPU)", nargs="+")
-    add("--batch-sizes", command_line.integer(1), "N", "measured", nargs="+", default=[4, 16])
+    models = "models to measure (default: SiT-S/2; on a GPU SiT-XL/2, too)"
+    add("--models", command_line.one_of(*SiT_models), "NAME", models, nargs="+")
+    add("--batch-sizes", command_line.integer(1), "N", "batches to measure", nargs="+", default=[4, 16])
     add("--image-size", command_line.integer(16), "PIXELS", "latents are an eighth of it", default=256)
-    add("--json", pathlib.Path, "FILE", "write the figures there, too")
+    measuring.add_json_flag(add)
     return parser
 
 
@@ -89,47 +109,20 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with command_line.user_errors(parser):
-        if args.json is not None:
-            files.check_output("--json", args.json)
-        if args.image_size % 8:
-            raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
+        measuring.check_json(args.json)
+        measuring.check_image_size(args.image_size)
         device = distributed.init()
         models = args.models or (["SiT-S/2", "SiT-XL/2"] if device.type == "cuda" else ["SiT-S/2"])
-        for name in {*models, "SiT-S/2"}:  # that of the last table, too
-            costs.num_parameters(config_of(name, args.image_size))  # is there such a model?
-    print(f"images of {args.image_size}; {measuring.where(device)}\n")
-    lines, figures = [], []
-    cases = [
-        (config_of(name, args.image_size), size, precision, grad_checkpoint)
-        for name in models
-        for size in args.batch_sizes
-        for precision, grad_checkpoint in (("fp32", False), ("bf16", False), ("bf16", True))
-    ]
-    names = [name for name in models for _ in range(3 * len(args.batch_sizes))]
-    for name, case in zip(names, cases, strict=True):
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            tensors, taken = (pool.apply(measured, (of_tensors, *case)) for of_tensors in (True, False))
-        guess = estimate(*case, device)
-        _, size, precision, grad_checkpoint = case
-        figures.append(dict(model=name, batch_size=size, precision=precision, grad_checkpoint=grad_checkpoint))
-        figures[-1] |= dict(estimated=guess, tensors=tensors, taken=taken)
-        again = "yes" if grad_checkpoint else "no"
-        cells = [f"{tensors / 2**30:.2f} ({tensors / guess:.2f})", f"{taken / 2**30:.2f} ({taken / guess:.2f})"]
-        lines.append([name, size, precision, again, f"{guess / 2**30:.2f}", *cells])
-    columns = ["model", "batch", "precision", "--grad-checkpoint", "estimate, GiB", "tensors (ratio)", "taken (ratio)"]
-    measuring.print_table(columns, lines)
-    print(f"\nLargest batch of a GPU by the estimate, not measured: bf16, {USABLE:.0%} of the memory used;")
-    print("in brackets with --grad-checkpoint; + for that number or more\n")
-
-    def cell(config, gib):
-        plain, again = (largest_batch(config, gib, grad_checkpoint) for grad_checkpoint in (False, True))
-        return f"{plain} ({again}{'+' if again == LARGEST else ''})"
-
-    sizes = {name: config_of(name, args.image_size) for name in SiT_models if name.endswith("/2")}
-    fits = [[f"{gib} GB", *(cell(config, gib) for config in sizes.values())] for gib in GPU_GIB]
-    measuring.print_table(["GPU", *sizes], fits)
-    if args.json is not None:
-        args.json.write_text(json.dumps({"where": measuring.where(device), "rows": figures}, indent=2))
+        for name in {*models, "SiT-S/2"}:  # fails where the size does not fit the patches, also of the last table
+            costs.num_parameters(measuring.model_config(name, args.image_size))
+    print(f"images of {args.image_size}; {measuring.machine(device)}\n")
+    rows = []
+    for name, size, (precision, again) in itertools.product(models, args.batch_sizes, SETTINGS):
+        config = measuring.model_config(name, args.image_size)
+        rows.append({"model": name, **measure(config, size, precision, again, device)})
+    print_measured(rows)
+    print_largest_batches(args.image_size)
+    measuring.write_json(args.json, {"image_size": args.image_size}, rows, device)
 
 
 if __name__ == "__main__":

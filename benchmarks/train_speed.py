@@ -1,62 +1,60 @@
-"""Images per second of training, from the official recipe to this project's: python benchmarks/train_speed.py
+"""Throughput of training, from the official recipe to this project's: python benchmarks/train_speed.py
 
-Every row does the same mathematics on the same batches from the same weights. The first is the official recipe in this
-project's words: float32 weights, TF32 products on a GPU, AdamW as PyTorch makes it by default, an average that a Python
-loop moves parameter by parameter, and the loss read in every step; batches and randomness come to it as to the others.
-Those after it add what train.py does, one by one.
+Every row computes the same on the same batches from the same weights. The first row is the official recipe in this
+project's code: float32 weights, TF32 products on a GPU, AdamW with PyTorch's defaults, a Python loop that updates the
+EMA parameter by parameter, and the loss read in every step. Its batches and random numbers are made as for the other
+rows. Each following row adds something that train.py does.
 
-First each row trains a few steps, and its losses are held against the first row's. Then all rows are measured in turn,
-round by round, each after a step to warm up; the figures are medians over rounds. All rows have one batch size; one for
-which a row's memory is too small leaves the others (by the estimate, of SiT-XL/2 on 80 GB 64 fits all, and 128 those
-in bf16). Batches are cached latents that lie in memory: what reading them costs, benchmarks/data_speed.py says.
+First each row trains for a few steps, and its losses are compared with the first row's. Then all rows are measured in
+turn, round by round, each after a warm-up step; the results are medians over rounds. All rows have the same batch size.
+A row that does not fit into memory is left out (by the estimate, SiT-XL/2 on 80 GB fits batches of 64 in all rows, and
+of 128 in bf16). Batches are cached latents in memory; benchmarks/data_speed.py measures how fast they are read.
 """
 
 import dataclasses
+import functools
 import itertools
-import json
-import pathlib
 import sys
 import time
 
+import measuring
 import torch
+from steps import DECAY, DROPOUT, LR, start_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-
-import measuring  # noqa: E402
-
-from models import SiT_models  # noqa: E402
-from transport import create_transport  # noqa: E402
+from models import SiT_models
 from training import costs
-from training import log
-from training import step
-from utils import command_line
-from utils import distributed
-from utils import files
-from utils import precision
-import vae
+from training.log import Metrics
+from training.resume import FiniteCheck
+from training.step import EMA, batches_on_device, draw_randomness
+from utils import command_line, distributed, precision
+from vae import LatentSpace
 
-PARTS = ("data", "forward", "backward", "optimizer", "average", "loss read")
-LR, DECAY, DROPOUT = 1e-4, 0.9999, 0.1
+PARTS = ("data", "forward", "backward", "optimizer", "EMA", "loss read")
 
 
 @dataclasses.dataclass
 class Row:
-    """One setting. `fused`: fused AdamW, an average moved by one operation, and the loss read one step late."""
+    """One way to train.
+
+    Attributes:
+        official: default AdamW, EMA parameter by parameter, loss read in every step; else as train.py does it.
+        compiled: None, 'blocks' or 'model'.
+    """
 
     name: str
-    fused: bool = True
+    official: bool = False
     precision: str = "fp32"
-    compiled: str | None = None  # None, 'blocks' or 'model'
+    compiled: str | None = None
     grad_checkpoint: bool = False
 
 
 def rows_for(device):
-    """The rows that are measured on a device."""
+    """Return the rows that are measured on a device."""
     plain = "tf32" if device.type == "cuda" else "fp32"
     return [
-        Row(f"official recipe, {plain}", fused=False, precision=plain),
-        Row(f"{plain}, fused AdamW and average, loss read late", precision=plain),
+        Row(f"official recipe, {plain}", official=True, precision=plain),
+        Row(f"{plain}, fused AdamW and EMA, loss read late", precision=plain),
         Row("... and bf16", precision="bf16"),
         Row("... and compiled blocks", precision="bf16", compiled="blocks"),
         Row("... and a compiled model (train.py --precision bf16 --compile)", precision="bf16", compiled="model"),
@@ -64,139 +62,145 @@ def rows_for(device):
     ]
 
 
-class Trainer:
-    """A model, its average and an optimizer of each kind, which the rows share: copies for each would not fit a GPU.
+class TimedTransport:
+    """A transport for `Trainer` that marks the end of the forward pass."""
 
-    One optimizer at a time has a state: `use` drops the other's.
+    def __init__(self, transport, clock):
+        self.transport, self.clock, self.times = transport, clock, transport.times
+
+    def training_losses(self, *args, **kwargs):
+        result = self.transport.training_losses(*args, **kwargs)
+        self.clock.mark("forward")
+        return result
+
+
+class TimedEMA(EMA):
+    """An EMA of constant decay that marks the end of the optimizer's step, which comes before its own."""
+
+    def __init__(self, clock):
+        super().__init__("ema", DECAY, warmup=False)
+        self.clock = clock
+
+    def decay_at(self, step):
+        self.clock.mark("optimizer")
+        return super().decay_at(step)
+
+
+class Runner:
+    """Makes training steps as rows say, with one `Trainer` for all: a copy for each row would not fit into a GPU.
+
+    Only one of the two optimizers, the official recipe's and the trainer's, has a state at a time: `use` drops the
+    other's.
 
     Args:
-        model: a new SiT.
+        model_config: arguments of SiT.
         batch_size: images per step.
     """
 
-    def __init__(self, model, batch_size, device):
-        self.device, self.batch_size = device, batch_size
-        self.model = model.to(device).train()
-        self.initial = [p.detach().cpu().clone() for p in model.parameters()]
-        self.ema = [p.detach().clone() for p in model.parameters()]
-        self.transport = create_transport()
+    def __init__(self, model_config, batch_size, device):
+        self.device, self.batch_size, self.clock = device, batch_size, measuring.Clock(device)
+        self.trainer = start_trainer(model_config, device, "fp32")
+        self.trainer.transport = TimedTransport(self.trainer.transport, self.clock)
+        self.trainer.emas = [TimedEMA(self.clock)]
+        self.model = model = self.trainer.model
+        self.initial = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizers = {
-            False: torch.optim.AdamW(trained, lr=LR, weight_decay=0.0),
-            True: step.build_optimizer(model, LR, (0.9, 0.999), 0.0),
-        }
-        self.space = vae.CachedSpace("none", device, torch.float32, 0.18215, 0.0)
+        self.official_optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+        self.space = LatentSpace("ema", device, scale=0.18215, shift=0.0)  # its autoencoder is never loaded
         self.shape = (model.in_channels, model.input_size, model.input_size)
         self.forwards = {None: model.forward_embedded}
         precision.compile_training(model, "one process")
         self.forwards["model"] = model.forward_embedded
-        self.eager_blocks = [block.forward for block in model.blocks]
+        self.block_forwards = {None: [block.forward for block in model.blocks]}
         precision.compile_training(model, "fsdp")
-        self.compiled_blocks = [block.forward for block in model.blocks]
-        self.window, self.reader = log.LossWindow(device), distributed.LateReader(device)
-        self.clock = measuring.Clock(device)
+        self.block_forwards["blocks"] = [block.forward for block in model.blocks]
 
     def reset(self):
-        """The initial weights, no optimizer state, and the first batch next."""
-        with torch.no_grad():
-            for p, average, initial in zip(self.model.parameters(), self.ema, self.initial, strict=True):
-                p.copy_(initial)
-                average.copy_(initial)
-        for optimizer in self.optimizers.values():
+        """Restore the initial weights, clear the optimizers, and start with the first batch."""
+        self.trainer.start(self.initial)
+        for optimizer in (self.official_optimizer, self.trainer.optimizer):
             optimizer.state.clear()
         self.steps = 0
-        self.batches = step.batches_on_device(self._loader(), self.space, self.device)
+        self.batches = batches_on_device(self._loader(), self.space, self.device)
+        self.metrics, self.finite = Metrics(self.device), FiniteCheck(self.device, 10, 0, 0, print)
 
     def _loader(self):
-        """Moments and labels as `data.make_loader` gives them for cached latents: eight batches, again and again."""
+        """Yield batches as `data.loader.make_loader` yields cached latents: eight, over and over."""
         g = torch.Generator().manual_seed(0)
         batches = []
         for _ in range(8):
             moments = torch.randn(self.batch_size, 2, *self.shape, generator=g)
             moments[:, 1] = 0.1 * moments[:, 1].abs()
-            labels = torch.randint(0, self.model.num_classes, (self.batch_size,), generator=g)
-            moments /= self.space.scale
+            y = torch.randint(0, self.model.num_classes, (self.batch_size,), generator=g)
+            batch = {"moments": moments / self.space.scale, "y": y}
             if self.device.type == "cuda":
-                moments, labels = moments.pin_memory(), labels.pin_memory()
-            batches.append((moments, labels, []))
+                batch = {key: value.pin_memory() for key, value in batch.items()}
+            batches.append(batch | {"problems": []})
         yield from itertools.cycle(batches)
 
     def use(self, row):
-        """Compute as a row says from here on."""
+        """Set the trainer to a row."""
         precision.resolve_precision(row.precision, self.device, on_gpu="tf32")
-        self.model.grad_checkpoint = row.grad_checkpoint
-        if row.fused:
-            precision.choose_attention(self.model, self.device, row.precision)
-        else:
-            for block in self.model.blocks:
-                block.attn.fused_attn = True  # as timm has it
-        blocks = self.compiled_blocks if row.compiled == "blocks" else self.eager_blocks
-        for block, forward in zip(self.model.blocks, blocks, strict=True):
+        self.trainer.precision, self.model.grad_checkpoint = row.precision, row.grad_checkpoint
+        precision.choose_attention(self.model, self.device, row.precision)
+        forwards = self.block_forwards["blocks" if row.compiled == "blocks" else None]
+        for block, forward in zip(self.model.blocks, forwards, strict=True):
             block.forward = forward
+            block.attn.fused_attn |= row.official  # timm's default
         self.model.forward_embedded = self.forwards["model" if row.compiled == "model" else None]
-        self.optimizers[not row.fused].state.clear()
+        (self.trainer.optimizer if row.official else self.official_optimizer).state.clear()
 
     def step(self, row):
-        """One step; the loss as a number for the official recipe, a tensor () otherwise."""
-        mark = self.clock.mark
+        """Make a step. Return its loss: a number for the official recipe, a tensor () otherwise."""
+        trainer, mark = self.trainer, self.clock.mark
         mark(None)
-        content, y, _ = next(self.batches)
-        uniform, drop, x0, noise = step.draw_randomness(
-            0, self.steps, self.batch_size, slice(None), self.shape, self.device
-        )
-        t, x1 = self.transport.times(uniform), self.space.draw(content, noise)
+        batch = next(self.batches)
+        draws = draw_randomness(0, self.steps, self.batch_size, slice(None), self.shape, self.device)
+        uniform, drop, x0, posterior_noise = draws
+        t, x1 = trainer.transport.times(uniform), self.space.sample(batch["moments"], posterior_noise)
         mark("data")
-
-        def network(x, t, **labels):
-            with precision.autocast(self.device, row.precision):
-                output = self.model(x, t, **labels)
-            return output.float()
-
-        kwargs = dict(y=y, force_drop_ids=drop < DROPOUT)
-        losses = self.transport.training_losses(network, x1, kwargs, t=t, x0=x0)["loss"]
-        loss = losses.mean()
-        mark("forward")
-        loss.backward()
+        losses, _ = trainer.forward_backward(batch, x1, t, x0, drop < DROPOUT)
         mark("backward")
         self.steps += 1
-        return self._official_end(loss) if not row.fused else self._end(losses, t)
-
-    def _official_end(self, loss):
-        """Optimizer, average and log as the official script has them."""
-        mark, optimizer = self.clock.mark, self.optimizers[False]
-        optimizer.step()
-        optimizer.zero_grad()
-        mark("optimizer")
-        with torch.no_grad():
-            for average, p in zip(self.ema, self.model.parameters(), strict=True):
-                average.mul_(DECAY).add_(p, alpha=1 - DECAY)
-        mark("average")
-        loss = loss.item()
+        loss = self._official_update(losses) if row.official else self._update(losses, t)
         mark("loss read")
         return loss
 
-    def _end(self, losses, t):
-        """Optimizer, average and log as train.py has them."""
-        mark = self.clock.mark
-        record = self.window.record(losses, t)
-        loss = self.window.loss(record)
-        norm, bad = step.step_optimizer(self.optimizers[True], loss, LR)
-        mark("optimizer")
-        step.update_ema(self.ema, list(self.model.parameters()), DECAY)
-        mark("average")
-        self.window.add(record, bad)
-        self.reader.push(self.steps, torch.stack([loss, norm.to(loss)]))
-        mark("loss read")
+    def _official_update(self, losses):
+        """Step optimizer and EMA, and read the loss, as the official script does."""
+        self.official_optimizer.step()
+        self.official_optimizer.zero_grad()
+        self.clock.mark("optimizer")
+        ema = self.trainer.ema_modules["ema"]
+        with torch.no_grad():
+            for average, p in zip(ema.parameters(), self.model.parameters(), strict=True):
+                average.mul_(DECAY).add_(p, alpha=1 - DECAY)
+        self.clock.mark("EMA")
+        return losses.mean().item()
+
+    def _update(self, losses, t):
+        """Step optimizer and EMA, and collect metrics, as train.py does."""
+        self.metrics.mean("loss", losses)
+        self.metrics.mean_by_time("loss_by_time", losses, t)
+        loss = losses.double().mean()
+        norm, bad = self.trainer.update(self.steps - 1, loss, LR)
+        self.clock.mark("EMA")
+        self.metrics.commit(bad)
+        self.finite.push(self.steps, torch.stack([loss, norm.to(loss)]), wait=False)
         return loss
 
 
 class WaitCounter(TorchDispatchMode):
-    """Counts the operations for which the host waits on a GPU: values are read, or shapes that depend on values."""
+    """Counts operations for which the host waits on a GPU.
+
+    They read values, have a shape that depends on values, or make a tensor of Python numbers.
+    """
 
     WAITING = (
         torch.ops.aten._local_scalar_dense.default,
         torch.ops.aten.nonzero.default,
         torch.ops.aten.masked_select.default,
+        torch.ops.aten.lift_fresh.default,
     )
 
     def __init__(self):
@@ -211,91 +215,133 @@ class WaitCounter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def host_waits(trainer, row):
-    """How often a step of a row makes the host wait for the device; on a GPU "some" or "none", as CUDA sees it.
+def host_waits(runner, row):
+    """Return how often a step of a row makes the host wait, or "none"; on a GPU "some" or "none", by CUDA's own check.
 
-    Not counted: the wait for numbers of the step before, which train.py reads while the device computes the next.
+    Not counted is the wait for the numbers of the step before, which train.py reads while the GPU computes the next.
     """
-    if trainer.device.type == "cuda":
-        trainer.use(row)
-        trainer.step(row)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            trainer.step(row)
-        except RuntimeError:
-            trainer.model.zero_grad()
-            return "some"
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return "none"
-    # A compiled forward pass is no matter of the host's; the mode would only have it compiled anew.
-    uncompiled = dataclasses.replace(row, compiled=None)
-    trainer.use(uncompiled)
-    with WaitCounter() as counter:
-        trainer.step(uncompiled)
-    return counter.count or "none"
+    on_gpu = runner.device.type == "cuda"
+    # On a CPU, compilation does not change what the host waits for, and the counter would cause another one.
+    row = row if on_gpu else dataclasses.replace(row, compiled=None)
+    runner.use(row)
+    runner.step(row)  # creates the optimizer's state
+    if not on_gpu:
+        with WaitCounter() as counter:
+            runner.step(row)
+        return counter.count or "none"
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runner.step(row)
+    except RuntimeError:
+        runner.model.zero_grad()
+        return "some"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "none"
 
 
-def losses_of(trainer, row, steps):
-    """Losses of the first steps from the initial weights; None: the device has too little memory."""
-    trainer.reset()
-    trainer.use(row)
+def losses_of(runner, row, steps):
+    """Return the losses of the first steps from the initial weights; None if the device has too little memory."""
+    runner.reset()
+    runner.use(row)
     start = time.perf_counter()
     try:
-        losses = [float(trainer.step(row)) for _ in range(steps)]
+        losses = [float(runner.step(row)) for _ in range(steps)]
     except torch.OutOfMemoryError:
-        trainer.model.zero_grad()
+        runner.model.zero_grad()
         losses = None
-    if losses is None:
+    if losses is None:  # outside the handler, where the exception keeps tensors alive
         torch.cuda.empty_cache()
         return None
-    print(f"{row.name}: {time.perf_counter() - start:.0f} s for {steps} steps, the first compiling", file=sys.stderr)
+    print(f"{row.name}: {time.perf_counter() - start:.0f} s for {steps} steps, with compilation", file=sys.stderr)
     return losses
 
 
-def measure(trainer, rows, rounds, steps):
-    """{row name: dict of figures}, medians over rounds, in each of which every row makes `steps` steps in turn."""
+def measure(runner, rows, rounds, steps):
+    """Return {row name: dict of results}, medians over rounds, in each of which every row makes `steps` steps."""
     seconds = {row.name: [] for row in rows}
     parts = {row.name: {part: [] for part in PARTS} for row in rows}
-    memory = {}
-    for _ in range(rounds):
-        for row in rows:
-            trainer.use(row)
-            trainer.step(row)
-            trainer.clock.parts()
-            measuring.reset_peak_memory(trainer.device)
-            (total,) = measuring.seconds_in_turn(
-                {row.name: lambda row=row: trainer.step(row)}, 1, steps, trainer.device
-            )[row.name]
-            seconds[row.name].append(total)
-            for part, duration in trainer.clock.parts():
-                parts[row.name][part].append(duration)
-            memory[row.name] = max(memory.get(row.name, 0), measuring.peak_memory(trainer.device))
+    memory = dict.fromkeys(seconds, 0)
+    for _, row in itertools.product(range(rounds), rows):
+        runner.use(row)
+        runner.step(row)
+        runner.clock.parts()
+        measuring.reset_peak_memory(runner.device)
+        step = {row.name: functools.partial(runner.step, row)}
+        seconds[row.name] += measuring.seconds_in_turn(step, 1, steps, runner.device)[row.name]
+        for part, duration in runner.clock.parts():
+            parts[row.name][part].append(duration)
+        memory[row.name] = max(memory[row.name], measuring.peak_memory(runner.device))
     return {
-        row.name: {
-            "seconds": measuring.median(seconds[row.name]),
-            "slowest": max(seconds[row.name]),
-            "fastest": min(seconds[row.name]),
-            "parts": {part: measuring.median(values) for part, values in parts[row.name].items()},
-            "memory": memory[row.name],
+        name: {
+            "images_per_second": runner.batch_size / measuring.median(values),
+            "seconds_per_step": measuring.median(values),
+            "fastest_and_slowest": [min(values), max(values)],
+            "seconds_by_part": {part: measuring.median(durations) for part, durations in parts[name].items()},
+            "peak_memory_bytes": memory[name],
         }
-        for row in rows
+        for name, values in seconds.items()
     }
 
 
+def add_comparisons(results, rows, losses, flops, device):
+    """Add to the results of rows their throughput and losses relative to the first row's, FLOP/s and MFU.
+
+    A comparison is None if the first row does not fit into memory, and MFU if the device's peak is not known.
+    """
+    first = results.get(rows[0].name)
+    for row in rows:
+        if row.name not in results:
+            continue
+        result, peak = results[row.name], costs.peak_flops(device, row.precision)
+        rate = result["images_per_second"]
+        pairs = first and zip(losses[row.name], losses[rows[0].name], strict=True)
+        result |= {
+            "ratio": first and rate / first["images_per_second"],
+            "loss_difference": first and max(abs(a - b) / b for a, b in pairs),
+            "flops_per_second": rate * flops,
+            "mfu": peak and rate * flops / peak,
+        }
+
+
+def print_results(rows, results, check_steps):
+    """Print a table of the results, with a line for each row that did not fit into memory."""
+    columns = ["row", "images/s", "ratio", "ms per step (range)", *(f"{part}, ms" for part in PARTS)]
+    columns += ["TFLOP/s", "MFU", "peak memory, GiB", "host waits", f"loss difference in {check_steps} steps"]
+    lines = [[row.name, "out of memory"] for row in rows if row.name not in results]
+    for name, result in results.items():
+        milliseconds = (x * 1e3 for x in (result["seconds_per_step"], *result["fastest_and_slowest"]))
+        lines.append(
+            [
+                name,
+                f"{result['images_per_second']:.2f}",
+                measuring.cell(result["ratio"], "{:.2f}"),
+                "{:.0f} ({:.0f} to {:.0f})".format(*milliseconds),
+                *(f"{result['seconds_by_part'][part] * 1e3:.1f}" for part in PARTS),
+                f"{result['flops_per_second'] / 1e12:.2f}",
+                measuring.cell(result["mfu"], "{:.1%}"),
+                f"{measuring.gib(result['peak_memory_bytes']):.2f}",
+                result["host_waits"],
+                measuring.cell(result["loss_difference"], "{:.1e}"),
+            ]
+        )
+    measuring.print_table(columns, lines)
+
+
 def build_parser():
-    parser = command_line.Parser(description="Images per second of training, from the official recipe to this project's.")
+    parser = command_line.Parser("Throughput of training, from the official recipe to this project's.")
     add = command_line.flag_group(parser, "measurement")
+    at_least_one = command_line.integer(1)
     names = "SiT-XL/2 on a GPU, SiT-S/2 on a CPU"
     add("--model", command_line.one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)} (default: {names})")
     add("--image-size", command_line.integer(16), "PIXELS", "latents are an eighth of it", default=256)
-    add("--batch-size", command_line.integer(1), "N", "images per step (default: 64 on a GPU, 8 on a CPU)")
-    add("--rounds", command_line.integer(1), "N", "rounds over all rows", default=5)
-    add("--steps", command_line.integer(1), "N", "steps of a row in a round (default: 10 on a GPU, 2 on a CPU)")
-    add("--check-steps", command_line.integer(1), "N", "steps whose losses are compared", default=20)
-    add("--rows", command_line.integer(0), "N", "rows to measure, of 0 to 5; the first is always", nargs="+")
-    add("--json", pathlib.Path, "FILE", "write the figures there, too")
+    add("--batch-size", at_least_one, "N", "images per step (default: 64 on a GPU, 8 on a CPU)")
+    add("--rounds", at_least_one, "N", "rounds over all rows", default=5)
+    add("--steps", at_least_one, "N", "steps of a row in a round (default: 10 on a GPU, 2 on a CPU)")
+    add("--check-steps", at_least_one, "N", "steps whose losses are compared", default=20)
+    add("--rows", command_line.integer(0), "N", "rows to measure, of 0 to 5; the first is always measured", nargs="+")
+    measuring.add_json_flag(add)
     return parser
 
 
@@ -303,63 +349,35 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with command_line.user_errors(parser):
-        if args.json is not None:
-            files.check_output("--json", args.json)
+        measuring.check_json(args.json)
+        measuring.check_image_size(args.image_size)
         device = distributed.init()
         on_gpu = device.type == "cuda"
-        name = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
         rows = measuring.choose(rows_for(device), args.rows)
-        if args.image_size % 8:
-            raise ValueError(f"--image-size {args.image_size} is no multiple of 8")
-        torch.manual_seed(0)
-        model = SiT_models[name](input_size=args.image_size // 8, num_classes=1000)
+        name = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
+        config = measuring.model_config(name, args.image_size)
+        flops = costs.training_flops(config)
     batch_size, steps = args.batch_size or (64 if on_gpu else 8), args.steps or (10 if on_gpu else 2)
-    trainer = Trainer(model, batch_size, device)
+    torch.manual_seed(0)
+    runner = Runner(config, batch_size, device)
 
-    # That all rows compute the same, and compile on the way; then how fast.
-    losses = {row.name: losses_of(trainer, row, args.check_steps) for row in rows}
-    official = losses[rows[0].name]
+    # Check that all rows compute the same, which also compiles; then measure how fast they do.
+    losses = {row.name: losses_of(runner, row, args.check_steps) for row in rows}
     fitting = [row for row in rows if losses[row.name] is not None]
-    waits = {row.name: host_waits(trainer, row) for row in fitting}
-    figures = measure(trainer, fitting, args.rounds, steps)
+    waits = {row.name: host_waits(runner, row) for row in fitting}
+    results = measure(runner, fitting, args.rounds, steps)
+    add_comparisons(results, rows, losses, flops, device)
+    for row_name, count in waits.items():
+        results[row_name]["host_waits"] = count
 
-    # Say it.
-    config = dict(SiT_models[name].keywords, input_size=args.image_size // 8)
-    flops = costs.training_flops(config)
-    base = official and figures[rows[0].name]["seconds"]
-    lines = [[row.name, "out of memory"] for row in rows if row not in fitting]
-    for row in fitting:
-        f = figures[row.name]
-        rate = batch_size / f["seconds"]
-        peak = costs.peak_flops(device, row.precision)
-        difference = official and max(abs(a - b) / b for a, b in zip(losses[row.name], official, strict=True))
-        f |= {"images_per_second": rate, "ratio": base and base / f["seconds"], "loss_difference": difference}
-        f |= {"mfu": peak and rate * flops / peak, "host_waits": waits[row.name]}
-        lines.append(
-            [
-                row.name,
-                f"{rate:.2f}",
-                base and f"{f['ratio']:.2f}",
-                f"{f['seconds'] * 1e3:.0f} ({f['fastest'] * 1e3:.0f} to {f['slowest'] * 1e3:.0f})",
-                *(f"{f['parts'][part] * 1e3:.1f}" for part in PARTS),
-                f"{rate * flops / 1e12:.2f}",
-                f["mfu"] and f"{f['mfu']:.1%}",
-                f"{f['memory'] / 2**30:.2f}",
-                f["host_waits"],
-                official and f"{difference:.1e}",
-            ]
-        )
-    tokens = (config["input_size"] // config["patch_size"]) ** 2
-    print(f"{name} at {args.image_size}, {tokens} tokens, batches of {batch_size}; {measuring.where(device)}")
-    print(f"{flops / 1e9:.1f} GFLOPs per image (forward and backward, two for each multiply-add)\n")
-    columns = ["row", "images/s", "ratio", "ms per step (range)", *(f"{part}, ms" for part in PARTS)]
-    columns += ["TFLOP/s", "MFU", "peak GiB", "host waits", f"loss difference in {args.check_steps} steps"]
-    measuring.print_table(columns, lines)
+    tokens = measuring.num_tokens(config)
+    print(f"{name} at {args.image_size}, {tokens} tokens, batches of {batch_size}; {measuring.machine(device)}")
+    print(f"{flops / 1e9:.1f} GFLOPs per image (forward and backward, two per multiply-add)\n")
+    print_results(rows, results, args.check_steps)
     if not on_gpu:
         print("\non a GPU: not measured")
-    if args.json is not None:
-        settings = {"model": name, "image_size": args.image_size, "batch_size": batch_size}
-        args.json.write_text(json.dumps({**settings, "where": measuring.where(device), "rows": figures}, indent=2))
+    settings = {"model": name, "image_size": args.image_size, "batch_size": batch_size}
+    measuring.write_json(args.json, settings, results, device)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from utils.errors import one_line
 PATIENCE = 1000  # examples that are tried in place of a bad one
 
 
-def check_label(label, num_classes, name):
-    """Raise ValueError if `label`, of the example called `name`, is missing (-1) or not below `num_classes`."""
-    if not 0 <= label < num_classes:
-        problem = "the label is missing" if label == -1 else f"label {label} is out of range"
-        raise ValueError(f"{name}: {problem}; {num_classes} classes have the labels 0 to {num_classes - 1}")
+def label_problem(label, num_classes, name):
+    """Return a line that says what is wrong with the label of the example `name`: -1 is missing; None if it is fine."""
+    if 0 <= label < num_classes:
+        return None
+    problem = "the label is missing" if label == -1 else f"label {label} is out of range"
+    return f"{name}: {problem}; {num_classes} classes have the labels 0 to {num_classes - 1}"
 
 
 def check_problems(problems, skip_bad):
@@ -53,53 +54,18 @@ def _to_pil(image):
     return image
 
 
-class ImageReader:
-    """A reader that turns an example of a `Source` into the tensor that the network or the autoencoder takes.
-
-    Args:
-        image_size: height and width of the tensor.
-        channels: 1 for grey, 3 for RGB.
-        num_classes: labels must be below.
-    """
-
-    def __init__(self, image_size, channels, num_classes):
-        self.image_size = image_size
-        self.mode = {1: "L", 3: "RGB"}[channels]
-        self.num_classes = num_classes
-
-    def read(self, example, flip, name):
-        """Return {"images": float32 (channels, image_size, image_size) in [-1, 1], mirrored if `flip`, "y": int}.
-
-        `example` is a function without arguments that returns (image, label), as `Source` has them. Raise ValueError
-        that begins with `name` if the image cannot be read, or the label is missing or out of range.
-        """
-        try:
-            image, label = example()
-            label = -1 if label is None else operator.index(label)
-            image = center_crop(_to_pil(image).convert(self.mode), self.image_size)
-        except Exception as error:  # image decoders raise errors of many kinds
-            reason = re.sub(r" ?<_io\.\w+( object at \w+)?>", "", one_line(error))
-            raise ValueError(f"{name}: the image cannot be read: {reason}") from error
-        check_label(label, self.num_classes, name)
-        if flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        # In NumPy: PyTorch's threads, on so small a tensor, slow a loader without worker processes several times.
-        pixels = np.asarray(image, dtype=np.float32).reshape(self.image_size, self.image_size, -1)  # (H, W, C)
-        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1)) / 127.5 - 1  # (C, H, W)
-        return {"images": torch.from_numpy(pixels), "y": label}
-
-
 class ImageDataset(Dataset):
-    """The images of a source, as `ImageReader` reads them.
+    """The images of a `Source` as tensors: `channels` is 1 for grey, 3 for RGB; labels must be below `num_classes`.
 
     The key of an item is (index, flip): the sampler decides all that is random, so workers have no state. An item is
-    {"images", "y", "problems"}. If the example is bad, the next good one takes its place, and `problems` holds one line
-    that says so; else it is empty. Raise ValueError if PATIENCE examples in a row are bad.
+    {"images": float32 (channels, image_size, image_size) in [-1, 1], mirrored if `flip`, "y": int, "problems": []}. If
+    the example is bad, the next good one takes its place, and "problems" holds one line that says so. Raise ValueError
+    if PATIENCE examples in a row are bad.
     """
 
     def __init__(self, source, image_size, channels, num_classes=None):
-        self.source = source
-        self.reader = ImageReader(image_size, channels, num_classes or source.num_classes)
+        self.source, self.image_size, self.mode = source, image_size, {1: "L", 3: "RGB"}[channels]
+        self.num_classes = num_classes or source.num_classes
 
     def __len__(self):
         return len(self.source.examples)
@@ -109,9 +75,27 @@ class ImageDataset(Dataset):
         problems = []
         for candidate in range(index, index + min(len(self), PATIENCE)):
             i = candidate % len(self)
-            try:
-                item = self.reader.read(lambda i=i: self.source.examples[i], flip, self.source.name(i))
+            item = self.read(i, lambda i=i: self.source.examples[i], flip)
+            if not item["problems"]:
                 return item | {"problems": problems[:1]}  # the others are reported when their turn comes
-            except ValueError as error:
-                problems.append(str(error))
+            problems += item["problems"]
         raise ValueError(f"not one of {len(problems)} examples in a row is good; the first: {problems[0]}")
+
+    def read(self, key, example, flip):
+        """Return the item of `example()`, an (image, label) called `key`; "problems" alone if that is bad."""
+        name = self.source.name(key)
+        try:
+            image, label = example()
+            label = -1 if label is None else operator.index(label)
+            image = center_crop(_to_pil(image).convert(self.mode), self.image_size)
+        except Exception as error:  # image decoders raise errors of many kinds
+            reason = re.sub(r" ?<_io\.\w+( object at \w+)?>", "", one_line(error))
+            return {"problems": [f"{name}: the image cannot be read: {reason}"]}
+        if problem := label_problem(label, self.num_classes, name):
+            return {"problems": [problem]}
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        # In NumPy: PyTorch's threads, on so small a tensor, slow a loader without worker processes several times.
+        pixels = np.asarray(image, dtype=np.float32).reshape(self.image_size, self.image_size, -1)  # (H, W, C)
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1)) / 127.5 - 1  # (C, H, W)
+        return {"images": torch.from_numpy(pixels), "y": label, "problems": []}

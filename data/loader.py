@@ -6,14 +6,13 @@ import functools
 import itertools
 import os
 import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
-from data.images import PATIENCE
+from data.images import PATIENCE, ImageDataset
 from utils.distributed import ORDER_STREAM, generator, seed_from
 
 WORKER_GRACE_SECONDS = 30  # in which a worker process continues after SIGTERM
@@ -23,10 +22,10 @@ WORKER_GRACE_SECONDS = 30  # in which a worker process continues after SIGTERM
 class GlobalBatchSampler:
     """An iterable of one rank's micro-batches, each a list of (index, flip) keys, step after step, without end.
 
-    The order is one long sequence: a permutation of the data for each epoch, which depends on (seed, epoch) alone, one
-    after the other, so that no example is left out at an epoch's end. Each step takes the next global batch of it; each
-    rank has a contiguous share of that, in micro-batches. What a step trains on is thus the same for any number of
-    ranks, any micro-batch size, and after any restart.
+    The order is one long sequence of permutations of the data, one per epoch, which depend on (seed, epoch) alone, so
+    that no example is left out at an epoch's end. Each step takes the next global batch of it; each rank has a
+    contiguous share of that, in micro-batches. What a step trains on is thus the same for any number of ranks, any
+    micro-batch size, and after any restart.
     """
 
     num_examples: int
@@ -40,96 +39,58 @@ class GlobalBatchSampler:
     start: int = 0  # places of the sequence to pass over: the examples seen before the run was stopped
 
     def __iter__(self):
-        # A step can reach over the end of an epoch, so the orders of two are kept.
-        epoch_keys = functools.lru_cache(maxsize=2)(self._epoch_keys)
+        @functools.lru_cache(maxsize=2)  # a step can reach over the end of an epoch
+        def epoch_keys(epoch):
+            g = generator("cpu", self.seed, ORDER_STREAM, epoch)
+            order = torch.randperm(self.num_examples, generator=g).tolist()
+            flips = torch.rand(self.num_examples, generator=g) < (0.5 if self.mirror else 0)
+            return list(zip(order, flips.tolist(), strict=True))
+
         share = self.global_batch_size // self.world_size
-        for step_start in itertools.count(self.start, self.global_batch_size):
-            first = step_start + self.rank * share
+        for first in itertools.count(self.start + self.rank * share, self.global_batch_size):
             for start in range(first, first + share, self.micro_batch_size):
                 places = (divmod(place, self.num_examples) for place in range(start, start + self.micro_batch_size))
                 yield [epoch_keys(epoch)[position] for epoch, position in places]
 
-    def _epoch_keys(self, epoch):
-        g = generator("cpu", self.seed, ORDER_STREAM, epoch)
-        order = torch.randperm(self.num_examples, generator=g).tolist()
-        flips = (torch.rand(self.num_examples, generator=g) < 0.5).tolist() if self.mirror else [False] * len(order)
-        return list(zip(order, flips, strict=True))
 
+def _streamed_batches(dataset, sampler, num_threads):
+    """Yield one rank's micro-batches of a data set whose source is a stream; threads decode the images.
 
-class StreamedBatches(IterableDataset):
-    """An iterable of one rank's micro-batches of a streamed source, step after step, without end; see `make_loader`.
-
-    It stands for an `ImageDataset` with a `GlobalBatchSampler`, and takes the sampler's settings: every rank reads the
-    whole stream and decodes its own share, so that a step trains on the same examples for any number of ranks (except
-    that a bad one is replaced by the next good one of the micro-batch). Each epoch has another order. `threads` is the
-    number of threads that decode images.
+    Every rank reads the whole stream and decodes its own share, so that a step trains on the same examples for any
+    number of ranks (except that a bad one is replaced by the next good one of the micro-batch).
     """
-
-    def __init__(self, source, reader, sampler, threads):
-        self.source, self.reader, self.sampler, self.threads = source, reader, sampler, threads
-
-    def __iter__(self):
-        # Threads, not worker processes: `datasets` would divide the files among those, and the order would depend on
-        # their number. One thread runs a micro-batch ahead.
-        with ThreadPoolExecutor(1) as thread:
-            batches = self._batches()
-            following = thread.submit(next, batches)
-            while True:
-                batch = following.result()
-                following = thread.submit(next, batches)
-                yield batch
-
-    def _batches(self):
-        s = self.sampler
-        share = s.global_batch_size // s.world_size
-        rows, waiting = [], []
-        with ThreadPoolExecutor(max(1, self.threads)) as threads:
-            for place, *row in self._places():
-                within = (place - s.start) % s.global_batch_size
-                if place < s.start or not s.rank * share <= within < (s.rank + 1) * share:
-                    continue
-                rows.append(row)
-                if len(rows) < s.micro_batch_size:
-                    continue
-                waiting.append(list(threads.map(self._read, rows)))
-                rows = []
-                spare = next((item for item in waiting[-1] if "y" in item), None)
-                if spare is not None:
-                    yield from (_collate(_replace_bad(items, spare)) for items in waiting)
-                    waiting = []
-                elif len(waiting) * s.micro_batch_size >= PATIENCE:
-                    raise ValueError(
-                        f"not one of {PATIENCE} examples is good; the first: {waiting[0][0]['problems'][0]}"
-                    )
-
-    def _places(self):
-        """Yield (place, key, example, flip) of the endless sequence of epochs, from that in which the run starts."""
-        first = self.sampler.start // self.source.num_examples if self.source.num_examples else 0
-        place = first * (self.source.num_examples or 0)
-        for epoch in itertools.count(first):
-            start = place
-            flips = np.random.default_rng([self.sampler.seed, ORDER_STREAM, epoch])
-            for key, example in self.source.examples(seed_from(self.sampler.seed, ORDER_STREAM, epoch)):
-                yield place, key, example, self.sampler.mirror and flips.random() < 0.5
-                place += 1
-            if place == start:
-                raise ValueError(f"the stream holds no rows: {self.source.name('...')}")
-
-    def _read(self, row):
-        key, example, flip = row
-        try:
-            return self.reader.read(example, flip, self.source.name(key)) | {"problems": []}
-        except ValueError as error:
-            return {"problems": [str(error)]}
+    rows, size, waiting = _streamed_rows(dataset.source, sampler), sampler.micro_batch_size, []
+    with ThreadPoolExecutor(max(1, num_threads)) as threads:
+        while True:
+            waiting.append(list(threads.map(lambda row: dataset.read(*row), itertools.islice(rows, size))))
+            spare = next((item for item in waiting[-1] if not item["problems"]), None)
+            if spare is not None:
+                for items in waiting:
+                    for i in reversed(range(size)):  # the next good item replaces a bad one, which keeps its problems
+                        spare = spare if items[i]["problems"] else items[i]
+                        items[i] = spare | {"problems": items[i]["problems"]}
+                    yield _collate(items)
+                waiting = []
+            elif len(waiting) * size >= PATIENCE:
+                raise ValueError(f"not one of {PATIENCE} examples is good; the first: {waiting[0][0]['problems'][0]}")
 
 
-def _replace_bad(items, spare):
-    """Replace each bad item by the next good one, or by `spare` if there is none, but keep its problems."""
-    replaced = []
-    for item in reversed(items):
-        spare = item if "y" in item else spare
-        replaced.append(spare | {"problems": item["problems"]})
-    return replaced[::-1]
+def _streamed_rows(source, sampler):
+    """Yield (key, example, flip) of one rank's share of each global batch, step after step."""
+    share = sampler.global_batch_size // sampler.world_size
+    mine = range(sampler.rank * share, (sampler.rank + 1) * share)
+    # Begin with the epoch in which the run starts, if the number of examples in an epoch is known.
+    first = sampler.start // source.num_examples if source.num_examples else 0
+    place = first * (source.num_examples or 0)
+    for epoch in itertools.count(first):
+        epoch_start, flips = place, np.random.default_rng([sampler.seed, ORDER_STREAM, epoch])
+        for key, example in source.examples(seed_from(sampler.seed, ORDER_STREAM, epoch)):
+            flip = sampler.mirror and flips.random() < 0.5
+            if place >= sampler.start and (place - sampler.start) % sampler.global_batch_size in mine:
+                yield key, example, flip
+            place += 1
+        if place == epoch_start:
+            raise ValueError(f"the stream holds no rows: {source.name('...')}")
 
 
 def _collate(items):
@@ -141,18 +102,27 @@ def _collate(items):
 def make_loader(dataset, sampler, num_workers, device):
     """Return a generator of micro-batches on the CPU: {key: stacked tensors (M, ...), "problems": list of M lists}.
 
-    `num_workers` processes read the data set at the keys that `sampler` lists; `StreamedBatches` needs neither. Memory
-    is pinned if `device`, to which batches will be copied, is a GPU.
+    `num_workers` processes read the data set at the keys that `sampler` lists. The images of a stream, whose `sampler`
+    is a `GlobalBatchSampler`, are decoded by as many threads. Memory is pinned if the batches' `device` is a GPU.
     """
     pin_memory = device.type == "cuda"
-    if isinstance(dataset, StreamedBatches):
-        loader = DataLoader(dataset, batch_size=None, pin_memory=pin_memory)
-    else:
-        workers = dict(num_workers=num_workers, worker_init_fn=_outlast_stop_signals)
-        loader = DataLoader(dataset, batch_sampler=sampler, pin_memory=pin_memory, collate_fn=_collate, **workers)
-    batches = _with_plain_errors(loader)
+    if isinstance(dataset, ImageDataset) and dataset.source.streamed:
+        # Threads: `datasets` would divide the files among processes, and the order would depend on their number.
+        return _one_ahead(_streamed_batches(dataset, sampler, num_workers), pin_memory)
+    options = dict(num_workers=num_workers, worker_init_fn=_outlast_stop_signals, pin_memory=pin_memory)
+    batches = _with_plain_errors(DataLoader(dataset, batch_sampler=sampler, collate_fn=_collate, **options))
     atexit.register(batches.close)  # ends the workers before multiprocessing waits for them
     return batches
+
+
+def _one_ahead(batches, pin_memory):
+    """Yield an endless iterator's batches, while a thread computes the next one."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches)
+        while True:
+            batch = following.result()
+            following = thread.submit(next, batches)
+            yield {key: x.pin_memory() if pin_memory and key != "problems" else x for key, x in batch.items()}
 
 
 def _with_plain_errors(loader):
@@ -165,11 +135,6 @@ def _with_plain_errors(loader):
 
 def _outlast_stop_signals(worker):
     """Let a worker outlast a signal to all processes: the main process finishes its step first, and needs the batch."""
-
-    def end_later(number, frame):
-        timer = threading.Timer(WORKER_GRACE_SECONDS, os._exit, (0,))
-        timer.daemon = True
-        timer.start()
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end_later)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))

@@ -1,6 +1,7 @@
 """Images on disk, as evaluations read them: an .npz in ADM's format, precomputed statistics, or a folder of files."""
 
 import contextlib
+import math
 import zipfile
 
 import numpy as np
@@ -19,12 +20,11 @@ class ImageBatches:
     """uint8 images of `shape` (N, H, W, C), read batch by batch, and `statistics` {name: float64 array}, or {}.
 
     `path` is an .npz with the images in arr_0, or a folder of image files of one size. With `may_be_statistics`, the
-    .npz may hold `STATISTICS`, too; without images, `shape` is (0,). Raises ValueError for anything else, and for
-    damaged files.
+    .npz may hold `STATISTICS`, too; without images, `shape` is (0,). Raise ValueError for other or damaged files.
     """
 
     def __init__(self, path, may_be_statistics=False):
-        self.path, self.paths, self.statistics = path, None, {}
+        self.path, self.paths, self.shape, self.statistics = path, None, (0,), {}
         with named(path, Exception):  # a damaged archive raises errors of many kinds
             if path.is_dir():
                 self.paths = sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in IMAGE_SUFFIXES)
@@ -41,13 +41,18 @@ class ImageBatches:
         with np.load(self.path, allow_pickle=False) as content:
             names = set(content.files)
             if may_be_statistics and names & STATISTICS.keys():
-                self.statistics = _read_statistics(content)
+                if missing := STATISTICS.keys() - names:
+                    raise ValueError(f"the statistics {', '.join(sorted(missing))} are missing")
+                self.statistics = {name: np.asarray(content[name], dtype=np.float64) for name in STATISTICS}
+        for name, array in self.statistics.items():
+            if array.shape != STATISTICS[name]:
+                raise ValueError(f"{name} has the shape {array.shape}; Inception's has {STATISTICS[name]}")
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} is not finite")
         if "arr_0" in names:
             with self._stream() as (shape, _):
                 self.shape = shape
-        elif self.statistics:
-            self.shape = (0,)
-        else:
+        elif not self.statistics:
             raise ValueError(f"it holds no arr_0, but {', '.join(sorted(names)) or 'nothing'}")
 
     @contextlib.contextmanager
@@ -57,13 +62,11 @@ class ImageBatches:
             version = np.lib.format.read_magic(file)
             read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             shape, fortran_order, dtype = read_header[min(version[0], 2)](file)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or min(shape) < 0:
-                raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3) or (N, H, W, 1)")
-            if fortran_order:
-                raise ValueError("arr_0 is in Fortran's order; save numpy.ascontiguousarray of it")
             size = archive.getinfo("arr_0.npy").file_size - file.tell()
-            if size != int(np.prod(shape)):
-                raise ValueError(f"arr_0 is {shape}, but has {size} bytes")
+            is_images = dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3) and min(shape) >= 0
+            if not is_images or fortran_order or size != math.prod(shape):
+                found = f"{dtype} {shape}{' in Fortran order' if fortran_order else ''} with {size} bytes"
+                raise ValueError(f"arr_0 is {found}; it must be uint8 (N, H, W, 3) or (N, H, W, 1) in C order")
             yield shape, file
 
     def _read(self, path):
@@ -75,32 +78,18 @@ class ImageBatches:
 
     def batches(self, size):
         """Yield arrays (up to `size`, H, W, C). Raise ValueError if the file is damaged."""
+        shape, starts = self.shape[1:], range(0, len(self), size)
         with named(f"{self.path} is damaged", Exception):
-            if self.paths is not None:
-                for start in range(0, len(self), size):
-                    images = [self._read(path) for path in self.paths[start : start + size]]
-                    if any(image.shape != self.shape[1:] for image in images):
-                        raise ValueError(f"not all images are of the size {self.shape[1:]} of the first")
-                    yield np.stack(images)
+            if self.paths is None:
+                with self._stream() as (_, file):
+                    for _ in starts:
+                        yield np.frombuffer(file.read(size * math.prod(shape)), np.uint8).reshape(-1, *shape)
                 return
-            with self._stream() as (_, file):
-                for start in range(0, len(self), size):
-                    rows = min(size, len(self) - start)
-                    content = file.read(rows * int(np.prod(self.shape[1:])))
-                    yield np.frombuffer(content, np.uint8).reshape(rows, *self.shape[1:])
-
-
-def _read_statistics(content):
-    """Return the `STATISTICS` of an open .npz. Raise ValueError if one is missing, misshapen or not finite."""
-    if missing := STATISTICS.keys() - content.keys():
-        raise ValueError(f"the statistics {', '.join(sorted(missing))} are missing")
-    statistics = {name: np.asarray(content[name], dtype=np.float64) for name in STATISTICS}
-    for name, array in statistics.items():
-        if array.shape != STATISTICS[name]:
-            raise ValueError(f"{name} has the shape {array.shape}; Inception's has {STATISTICS[name]}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} is not finite")
-    return statistics
+            for start in starts:
+                images = [self._read(path) for path in self.paths[start : start + size]]
+                if any(image.shape != shape for image in images):
+                    raise ValueError(f"not all images are of the size {shape} of the first")
+                yield np.stack(images)
 
 
 def _has_colour(path):

@@ -19,22 +19,14 @@ LABEL_STREAM = 1 << 32  # beyond any image's index, since noise is drawn from (s
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """All that decides samples of a pipeline, apart from their labels and indices.
+    """All that decides samples of a pipeline, apart from their labels and indices."""
 
-    Attributes:
-        mode: 'ODE' or 'SDE'.
-        solver: keyword arguments of `Sampler.sample_ode` or `Sampler.sample_sde`.
-        cfg_scale, cfg_interval: scale of classifier-free guidance, 1 being none, and the times between which to guide.
-        seed: seed of the noise of all images.
-        guidance: a rule of sampling/guidance.py in place of classifier-free guidance.
-    """
-
-    mode: str = "ODE"
-    solver: dict = dataclasses.field(default_factory=dict)
-    cfg_scale: float = 1.0
-    cfg_interval: tuple = guidance.WHOLE
-    seed: int = 0
-    guidance: Callable | None = None
+    mode: str = "ODE"  # or 'SDE'
+    solver: dict = dataclasses.field(default_factory=dict)  # arguments of `Sampler.sample_ode` or `.sample_sde`
+    cfg_scale: float = 1.0  # of classifier-free guidance; 1 is none
+    cfg_interval: tuple = guidance.WHOLE  # the times between which to guide
+    seed: int = 0  # of the noise of all images
+    guidance: Callable | None = None  # a rule of sampling/guidance.py in place of classifier-free guidance
 
     def sampler(self, transport, noise=None):
         """Return the sampling function of `Sampler`; `noise` is the `ImageNoise` of an SDE. Raise ValueError."""
@@ -43,7 +35,7 @@ class SampleSettings:
         return Sampler(transport).sample_sde(**self.solver, **({"randn_like": noise.randn_like} if noise else {}))
 
     def rule(self, channels):
-        """Return the guidance rule; classifier-free guidance acts on this many leading channels, None being all."""
+        """Return the guidance rule, where classifier-free guidance acts on this many leading channels; None: all."""
         if self.guidance is not None:
             return self.guidance
         if self.cfg_scale == 1:
@@ -55,15 +47,27 @@ class SampleSettings:
         return functools.partial(guidance.in_interval, rule=rule, low=low, high=high)
 
     def group_size(self, batch_size):
-        """Return how many images of consecutive indices one solve takes.
+        """Return how many images of consecutive indices one solve takes: a fixed number if the solver adapts its steps.
 
-        An adaptive method has one step size for all images of a solve, so their number is fixed: otherwise an image
-        would depend on the batch size. The network still gets them in batches.
+        Its steps depend on all images of a solve, and an image must not depend on the batch size.
         """
         _, evaluations_per_step, *_ = (ODE_METHODS if self.mode == "ODE" else SDE_METHODS)[
             self.solver["sampling_method"]
         ]
         return ADAPTIVE_GROUP if evaluations_per_step is None else batch_size
+
+
+def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed):
+    """Return the `SampleSettings` of flags, which are None where not given. Raise ValueError if they do not fit."""
+    cfg_scale = guidance.resolve_cfg_scale(cfg_scale, pipeline.model)
+    if cfg_interval is not None and cfg_scale == 1:
+        raise ValueError("--cfg-interval has no effect with --cfg-scale 1, which is no guidance")
+    low, high = cfg_interval or guidance.WHOLE
+    if not low < high:
+        raise ValueError(f"--cfg-interval {low:g} {high:g} is empty: LO must lie below HI")
+    settings = SampleSettings(mode, solver, cfg_scale, (low, high), seed)
+    settings.sampler(pipeline.transport)
+    return settings
 
 
 class ImageNoise:
@@ -108,13 +112,11 @@ class GuidedModel:
         self.nfe, self.forward_passes = 0, 0
 
     def __call__(self, x, t, y):
-        self.nfe += 1
+        self.nfe, count = self.nfe + 1, len(x)
         self.bar.update()
-        count = len(x)
         if self.fill and count % self.batch_size:
-            size = math.ceil(count / self.batch_size) * self.batch_size
-            rows = torch.arange(size, device=x.device).clamp(max=count - 1)
-            x, y = x[rows], y[rows]
+            rows = torch.arange(math.ceil(count / self.batch_size) * self.batch_size, device=x.device)
+            x, y = x[rows.clamp(max=count - 1)], y[rows.clamp(max=count - 1)]
         t = t[:1]  # all times are equal, and one is embedded
         batches = zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
         output = torch.cat([self.rule(self.network, part, t, labels) for part, labels in batches])[:count]
@@ -181,7 +183,9 @@ def describe(pipeline, settings):
         "sample_eps": pipeline.transport.sample_eps,
         "seed": settings.seed,
     }
-    return description | ({"guidance": str(settings.guidance)} if settings.guidance else {})
+    rule = settings.guidance
+    named = {"guidance": f"{getattr(rule, 'func', rule).__name__} {getattr(rule, 'keywords', {})}"} if rule else {}
+    return description | named
 
 
 def summary(description):

@@ -1,19 +1,10 @@
 """Flags of the sampling scripts: weights, interpolant, solver, guidance, speed."""
 
+import transport
 from models import SiT_models
-from transport import (
-    ADAPTIVE_ODE_METHODS,
-    DIFFUSION_FORMS,
-    LAST_STEPS,
-    LOSS_WEIGHTS,
-    ODE_METHODS,
-    PATHS,
-    PREDICTIONS,
-    SDE_METHODS,
-)
+from utils.checkpoint import TRANSPORT_KEYS
 from utils.command_line import flag_group, flag_name, integer, number, one_of
 from utils.precision import DTYPES
-from utils.weights import TRANSPORT_KEYS
 from vae import PRECISIONS
 
 ODE_DEFAULTS = dict(sampling_method="dopri5", atol=1e-6, rtol=1e-3, reverse=False)
@@ -26,16 +17,10 @@ SOLVER_FLAGS = ("num_sampling_steps", "time_shift", *(ODE_DEFAULTS | SDE_DEFAULT
 
 
 def add_weights_flags(parser, with_space=True):
-    """Add the flags that name weights, and describe weights without a config.
-
-    Without `with_space`, leave out --image-size and --vae, which the data's flags have.
-    """
+    """Add the flags of weights; without `with_space` not --image-size and --vae, which the data's flags have."""
     text = "A checkpoint of train.py needs --ckpt alone; the other flags describe weights that come without a config."
     add = flag_group(parser, "weights", text)
-    ckpt = (
-        "run folder (its latest checkpoint), checkpoint folder, .pt, .safetensors, name of a released model, or URL "
-        "(default: the released weights of --model at --image-size)"
-    )
+    ckpt = "run folder, checkpoint folder, .pt, .safetensors, released model or URL (default: released, of --model)"
     add("--ckpt", str, "PATH|NAME|URL", ckpt)
     add("--ema", str, "NAME", "EMA of a checkpoint of train.py, by its file's name (default: ema)")
     names = f"one of {', '.join(SiT_models)} (default: by the weights' shapes; SiT-XL/2 without --ckpt)"
@@ -43,14 +28,13 @@ def add_weights_flags(parser, with_space=True):
     add("--num-classes", integer(1), "N", "number of classes (default: by the weights' shapes)")
     add("--num-heads", integer(1), "N", "attention heads (default: by the width, for the known sizes)")
     if with_space:
-        size = "size of the images (default: the checkpoint's; 256 without --ckpt)"
-        add("--image-size", integer(1), "PIXELS", size)
+        add("--image-size", integer(1), "PIXELS", "size of the images (default: the checkpoint's; 256 without --ckpt)")
         vae = "autoencoder that decodes: ema or mse (stabilityai/sd-vae-ft-*), none for pixels, a hub name, a folder"
         add("--vae", str, "ema|mse|none|NAME|FOLDER", f"{vae} (default: the checkpoint's, or ema)")
 
 
 def add_transport_flags(parser, from_checkpoint):
-    """Add the arguments of `create_transport`; with `from_checkpoint`, their default is the checkpoint's value."""
+    """Add the arguments of `create_transport`, whose default is the checkpoint's value if `from_checkpoint`."""
     add = flag_group(parser, "interpolant")
 
     def add_choice(flag, choices, default, text):
@@ -61,12 +45,12 @@ def add_transport_flags(parser, from_checkpoint):
             text = f"{text} (default: none)"
         add(flag, one_of(*choices), "|".join(names), text, default=default)
 
-    add_choice("--path-type", tuple(PATHS), "Linear", "path between noise and data")
-    add_choice("--prediction", PREDICTIONS, "velocity", "prediction target of the network")
-    add_choice("--loss-weight", LOSS_WEIGHTS, None, "weight over time of noise and score losses; velocity has none")
+    add_choice("--path-type", tuple(transport.PATHS), "Linear", "path between noise and data")
+    add_choice("--prediction", transport.PREDICTIONS, "velocity", "prediction target of the network")
+    add_choice("--loss-weight", transport.LOSS_WEIGHTS, None, "weight over time of noise and score losses")
     for flag, which in (("--train-eps", "training times stay"), ("--sample-eps", "sampling stays")):
-        text = f"how far {which} from the singular ends of [0, 1]: both for Linear and GVP, the data end for VP"
-        add(flag, number(0, 0.5), "EPS", f"{text} (default: 0 to 1e-3, by path and prediction)")
+        text = f"how far {which} from the path's singular ends (default: 0 to 1e-3, by path and prediction)"
+        add(flag, number(0, 0.5), "EPS", text)
 
 
 def add_solver_flags(parser):
@@ -74,27 +58,23 @@ def add_solver_flags(parser):
     parser.add_argument("mode", nargs="?", choices=["ODE", "SDE"], help="how to sample (default: ODE)")
     positive = number(0, exclude_minimum=True)
     add = flag_group(parser, "solver")
-    costs = ", ".join(f"{name} {row[1]}" for name, row in (ODE_METHODS | SDE_METHODS).items() if row[1])
-    steps = (
-        f"time points, both ends included: N - 1 steps. NFE of a step: {costs}; an SDE's last step adds one. Adaptive "
-        "ODE methods choose their steps (default: 250)"
-    )
+    methods = transport.ODE_METHODS | transport.SDE_METHODS
+    costs = ", ".join(f"{name} {nfe}" for name, (_, nfe) in methods.items() if nfe)
+    steps = f"time points, both ends included. NFE of a step: {costs}; an SDE's last step adds one (default: 250)"
     add("--num-sampling-steps", integer(2), "N", steps)
-    methods = f"ODE: {', '.join(ODE_METHODS)} (default: dopri5); SDE: {', '.join(SDE_METHODS)} (default: Euler)"
-    add("--sampling-method", str, "METHOD", methods)
-    shift = "above 1: more of the time points near the noise, as larger images need (default: 1)"
-    add("--time-shift", positive, "S", shift)
+    ode, sde = (", ".join(methods) for methods in (transport.ODE_METHODS, transport.SDE_METHODS))
+    add("--sampling-method", str, "METHOD", f"ODE: {ode} (default: dopri5); SDE: {sde} (default: Euler)")
+    add("--time-shift", positive, "S", "above 1: more time points near the noise, as larger images need (default: 1)")
     add = flag_group(parser, "ODE only")
     add("--atol", positive, "TOL", "absolute tolerance of adaptive methods (default: 1e-6)")
     add("--rtol", positive, "TOL", "relative tolerance of adaptive methods (default: 1e-3)")
     reverse = "ODE only: integrate from data to noise; the noise that is drawn stands in for the data"
     parser.add_argument("--reverse", action="store_true", default=None, help=reverse)
     add = flag_group(parser, "SDE only")
-    add("--diffusion-form", str, "FORM", f"diffusion over time: {', '.join(DIFFUSION_FORMS)} (default: sigma)")
+    add("--diffusion-form", str, "FORM", f"{', '.join(transport.DIFFUSION_FORMS)} (default: sigma)")
     add("--diffusion-norm", number(0), "W", "scale of the diffusion (default: 1)")
-    last_steps = ["none" if step is None else step for step in LAST_STEPS]
-    last = "deterministic last step to the data (default: Mean)"
-    add("--last-step", one_of(*last_steps), "|".join(last_steps), last)
+    last_steps = ["none" if step is None else step for step in transport.LAST_STEPS]
+    add("--last-step", one_of(*last_steps), "|".join(last_steps), "last step, without noise (default: Mean)")
     add("--last-step-size", number(0, 1, exclude_minimum=True), "DT", "size of the last step in time (default: 0.04)")
 
 
@@ -112,20 +92,17 @@ def solver_settings(mode, given):
     settings = {key: given.get(key, default) for key, default in defaults.items()}
     if settings.get("last_step") == "none":
         settings["last_step"] = None
-    if "time_shift" in given and settings["sampling_method"] in (*ADAPTIVE_ODE_METHODS, "scipy_solver"):
+    if "time_shift" in given and settings["sampling_method"] in transport.ADAPTIVE_ODE_METHODS:
         raise ValueError(f"--time-shift has no effect on {settings['sampling_method']}, which chooses its own steps")
-    return mode, settings | {
-        "num_steps": given.get("num_sampling_steps", 250),
-        "time_shift": given.get("time_shift", 1.0),
-    }
+    grid = {"num_steps": given.get("num_sampling_steps", 250), "time_shift": given.get("time_shift", 1.0)}
+    return mode, settings | grid
 
 
 def add_guidance_flags(parser):
     """Add the flags of classifier-free guidance."""
     add = flag_group(parser, "guidance")
-    scale = "classifier-free guidance scale; 1 is none (default: 4, or 1 for a model without a null class)"
-    add("--cfg-scale", number(), "S", scale)
-    interval = "guide at times in [LO, HI] alone, where 0 is noise and 1 data (default: 0 1)"
+    add("--cfg-scale", number(), "S", "guidance scale; 1 is none (default: 4, or 1 for a model without a null class)")
+    interval = "guide at times in [LO, HI] alone; 0 is noise, 1 data (default: 0 1)"
     add("--cfg-interval", number(0, closed=1), ("LO", "HI"), interval, nargs=2)
     channels = "leading channels that are guided (default: all for checkpoints of train.py; 3 for released weights)"
     add("--guided-channels", lambda text: text if text == "all" else integer(1)(text), "N|all", channels)
@@ -134,7 +111,6 @@ def add_guidance_flags(parser):
 def add_speed_flags(parser):
     """Add the flags of precision and compilation."""
     add = flag_group(parser, "speed")
-    kinds = "precision of the model's matrix products; all else is fp32 (default: tf32 on a GPU, else fp32)"
-    add("--precision", one_of(*DTYPES), "|".join(DTYPES), kinds)
+    add("--precision", one_of(*DTYPES), "|".join(DTYPES), "of the model's products (default: tf32 on a GPU, else fp32)")
     add("--vae-precision", one_of(*PRECISIONS), "fp32|bf16", "precision of the autoencoder", default="fp32")
     add("--compile", None, None, "compile the model: slower to start, faster to draw")

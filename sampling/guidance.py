@@ -60,14 +60,3 @@ def resolve_cfg_scale(cfg_scale, model):
     if cfg_scale != 1 and not guidable:
         raise ValueError(f"--cfg-scale {cfg_scale:g} needs a null class, and the model has none; only 1 is possible")
     return cfg_scale
-
-
-def resolve_cfg_interval(interval, cfg_scale):
-    """Return (low, high), the times between which to guide, by default all. Raise ValueError if empty or unused."""
-    if interval is None:
-        return WHOLE
-    if cfg_scale == 1:
-        raise ValueError("--cfg-interval has no effect with --cfg-scale 1, which is no guidance")
-    if not interval[0] < interval[1]:
-        raise ValueError(f"--cfg-interval {interval[0]:g} {interval[1]:g} is empty: LO must lie below HI")
-    return tuple(interval)

@@ -9,9 +9,8 @@ import vae as autoencoders
 from models import SiT, SiT_models
 from transport import Transport, create_transport
 from utils import hub, precision
-from utils.checkpoint import load_into
+from utils.checkpoint import TRANSPORT_KEYS, load_into, load_weights, model_config_from_shapes
 from utils.command_line import flag_name
-from utils.weights import TRANSPORT_KEYS, load_weights, model_config_from_shapes
 
 # The classes of the official sample.py: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox.
 SHOWN_IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -19,21 +18,15 @@ SHOWN_IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 
 @dataclasses.dataclass
 class Pipeline:
-    """A network in evaluation mode, the transport and the latent space that it was trained with, on one device.
-
-    Attributes:
-        guided_channels: leading channels that classifier-free guidance acts on; None: all.
-        model_config: arguments of SiT.
-        precision, compiled: how the network computes; see `speed_up`.
-    """
+    """A network in evaluation mode, the transport and the latent space that it was trained with, on one device."""
 
     model: SiT
     transport: Transport
     space: autoencoders.PixelSpace | autoencoders.LatentSpace
     device: torch.device
-    guided_channels: int | None
-    model_config: dict = dataclasses.field(default_factory=dict)
-    precision: str = "fp32"
+    guided_channels: int | None  # leading channels that classifier-free guidance acts on; None: all
+    model_config: dict = dataclasses.field(default_factory=dict)  # arguments of SiT
+    precision: str = "fp32"  # see `speed_up`
     compiled: bool = False
 
     @property
@@ -70,14 +63,10 @@ def _digest(model):
 def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", ema="ema", **given):
     """Load a checkpoint as a `Pipeline`.
 
-    Args:
-        ckpt: as `hub.resolve` takes it; None: the released weights of given['model'] at given['image_size'].
-        guided_channels: a number or 'all'; None: all for checkpoints of train.py, 3 for others.
-        vae_precision: one of vae.PRECISIONS.
-        ema: name of the EMA to load from a checkpoint of train.py.
-        given: flags of `flags.WEIGHTS_FLAGS`. They describe weights without a config, and must not contradict one.
-
-    Raise ValueError if the weights are missing or do not fit, or a flag contradicts them.
+    `ckpt` is as `hub.resolve` takes it; None means the released weights of given['model'] at given['image_size'].
+    `guided_channels` is a number or 'all'; None means all for checkpoints of train.py, 3 for others. `given` are flags
+    of `flags.WEIGHTS_FLAGS`, which describe weights without a config. Raise ValueError if the weights are missing or do
+    not fit, or a flag contradicts them.
     """
     ckpt = ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}"
     weights = load_weights(hub.resolve(ckpt), ema)
@@ -99,7 +88,7 @@ def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", ema=
         raise ValueError(f"--guided-channels {guided_channels}: the model has {model.in_channels}")
     guided_channels = guided_channels or ("all" if weights.own else 3)
     guided_channels = None if guided_channels == "all" else guided_channels
-    space = autoencoders.open_space(vae, channels, device, autoencoders.PRECISIONS[vae_precision])
+    space = autoencoders.open_space(vae, device, autoencoders.PRECISIONS[vae_precision])
     return Pipeline(model.to(device).eval().requires_grad_(False), transport, space, device, guided_channels, config)
 
 

@@ -6,6 +6,7 @@ FILE.npz.json, which says how the samples were made; and FILE.pngs/ if PNGs are 
 
 import collections
 import concurrent.futures
+import contextlib
 import re
 import shutil
 
@@ -59,10 +60,8 @@ class Shards:
         if not self.output.exists():
             return False
         if not self.description.is_file():
-            raise ValueError(
-                f"{self.output} exists, but {self.description.name}, which says how it was made, does not; put it back "
-                f"or {ADVICE}"
-            )
+            problem = f"{self.output} exists, but {self.description.name}, which says how it was made, does not"
+            raise ValueError(f"{problem}; put it back or {ADVICE}")
         files.check_same_settings(self.description, identity, ADVICE)
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a process that was killed after its last rename
         return True
@@ -80,22 +79,17 @@ class Shards:
     def intact(self):
         """Return {(begin, end): path} of the intact shards in order; remove damaged ones."""
         shards = {}
-        for path in self.folder.iterdir():
-            match = SHARD.fullmatch(path.name)
-            if match is None:
-                continue
-            begin, end = map(int, match.groups()[:2])
+        for path in filter(lambda path: SHARD.fullmatch(path.name), sorted(self.folder.iterdir())):
+            begin, end = map(int, SHARD.fullmatch(path.name).groups()[:2])
             try:
                 images = np.load(path, mmap_mode="r", allow_pickle=False)
-                good = images.dtype == np.uint8 and images.shape == (end - begin, *self.image_shape)
-            except (OSError, ValueError, EOFError):
-                good = False
-            if good:
+                if images.dtype != np.uint8 or images.shape != (end - begin, *self.image_shape):
+                    raise ValueError
                 shards[begin, end] = path
-            else:
+            except (OSError, ValueError, EOFError):
                 print(f"{path} is damaged, and is drawn again")
                 path.unlink()
-        return dict(sorted(shards.items()))
+        return shards
 
     def missing(self, group):
         """Return the ranges (begin, end) of images that no shard holds, none longer than a group."""
@@ -130,7 +124,11 @@ class Shards:
         return {key: max(int(match[i]) for match in matches) for i, key in ((3, "nfe"), (4, "forward_passes"))}
 
     def finish(self, labels, description):
-        """Write shards and labels (N,) as one .npz with its description, and remove the shards. Raise ValueError."""
+        """Write shards and labels (N,) as one .npz, and remove the shards. Raise ValueError if that fails.
+
+        Return the description, to which the counts are added, as it is stored beside the .npz.
+        """
+        description = description | self.counts()
         with named(self.output):
             with files.written_whole(self.output) as partial:
                 with files.NpzWriter(partial) as archive:
@@ -139,41 +137,35 @@ class Shards:
                     archive.write_array("arr_1", [labels], self.count)
                 files.write_json(self.description, description)
             shutil.rmtree(self.folder, ignore_errors=True)
+        return description
 
 
-class Background:
-    """Calls functions in a thread, in order, on another CUDA stream: images are decoded while the next are drawn.
+@contextlib.contextmanager
+def background(device, most_waiting=2):
+    """Context that gives `submit(function, *arguments)`, which calls functions in a thread, on another CUDA stream.
 
-    A context manager. An exception of a function is raised by a later `submit` or at the end of the block.
+    Images are decoded and written so while the next are drawn. The device work of a function must be done when it
+    returns; what it raises, a later `submit` or the end of the block raises. Waiting work holds memory.
     """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    waiting = collections.deque()
 
-    MOST_WAITING = 2  # waiting work holds memory
-
-    def __init__(self, device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.waiting = collections.deque()
-
-    def submit(self, function, *args):
-        """Call function(*args) after all that was submitted before; its device work must be done when it returns."""
-        if len(self.waiting) == self.MOST_WAITING:
-            self.waiting.popleft().result()
-        ready = None if self.stream is None else torch.cuda.current_stream(self.stream.device).record_event()
-        self.waiting.append(self.thread.submit(self._call, ready, function, args))
-
-    @torch.no_grad()
-    def _call(self, ready, function, args):
-        with torch.cuda.stream(self.stream):
+    def call(ready, function, arguments):
+        with torch.no_grad(), torch.cuda.stream(stream):
             if ready is not None:
-                self.stream.wait_event(ready)
-            function(*args)
+                stream.wait_event(ready)
+            function(*arguments)
 
-    def __enter__(self):
-        return self
+    def submit(function, *arguments):
+        if len(waiting) == most_waiting:
+            waiting.popleft().result()
+        ready = None if stream is None else torch.cuda.current_stream(device).record_event()
+        waiting.append(thread.submit(call, ready, function, arguments))
 
-    def __exit__(self, kind, error, traceback):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
         try:
-            while self.waiting and error is None:
-                self.waiting.popleft().result()
+            yield submit
+            while waiting:
+                waiting.popleft().result()
         finally:
-            self.thread.shutdown(cancel_futures=True)
+            thread.shutdown(cancel_futures=True)

@@ -14,7 +14,7 @@ from conftest import read_metrics
 from processes import run
 
 from utils import checkpoint
-from utils.tensor_files import read_pt, read_safetensors
+from utils.checkpoint import read_pt, read_safetensors
 
 OLD = pathlib.Path(__file__).parent / "before_layout"
 FLAGS = (
@@ -44,7 +44,7 @@ def test_a_checkpoint_resumes_to_the_same_bytes(reproduces, tmp_path):
     shutil.copy(OLD / "run" / "metrics.jsonl", tmp_path / "run")
     checkpoint.check(tmp_path / "run" / "checkpoint-3")
     result = run("train.py", *FLAGS, "--max-steps", 6, "--output-dir", tmp_path / "run")
-    assert result.returncode == 0 and "resuming from" in result.stdout, result.stderr
+    assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
     ours, theirs = tmp_path / "run" / "checkpoint-6", OLD / "run" / "checkpoint-6"
     assert same_bytes(ours, theirs) or not reproduces
     for name, read in (("model.safetensors", read_safetensors), ("ema.pt", read_pt)):

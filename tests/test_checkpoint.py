@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ from test_models import META, STATE_DICT, tiny
 import download
 from models import SiT, SiT_models
 from utils import checkpoint, hub
-from utils.weights import load_weights, model_config_from_shapes
+from utils.checkpoint import load_weights, model_config_from_shapes
 
 TRANSPORT = {"path_type": "Linear", "prediction": "velocity"}
 STATE = {"model": META["config"], "transport": TRANSPORT, "latents": {"vae": "none"}}
@@ -265,11 +266,12 @@ def test_released_weights_are_looked_up_in_the_listing(monkeypatch, tmp_path):
 
     def fetch(repository, filename):
         fetched.append((repository, filename))
-        return tmp_path / filename
+        return str(tmp_path / filename)
 
-    monkeypatch.setattr(hub, "list_files", lambda repository: FILES)
-    monkeypatch.setattr(hub, "cached_files", lambda repository: [])
-    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository: FILES)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "require", lambda what: None)
     for name, file in [
         ("SiT-XL-2-256x256.pt", "SiT-XL-2-256.pt"),
         ("SiT-XL/2-256", "SiT-XL-2-256.pt"),
@@ -287,15 +289,20 @@ def test_released_weights_are_looked_up_in_the_listing(monkeypatch, tmp_path):
             hub.resolve(path)
 
 
-def test_what_is_in_the_cache_needs_no_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "cached_files", lambda repository: FILES)
-    monkeypatch.setattr(hub, "fetch", lambda repository, filename: tmp_path / filename)
-    monkeypatch.setattr(hub, "list_files", lambda repository: pytest.fail("asked the network"))
-    assert hub.resolve("SiT-XL/2-256") == tmp_path / "SiT-XL-2-256.pt"
+def test_cached_weights_need_no_network(monkeypatch, tmp_path):
+    for time, revision in ((2, "new"), (1, "old")):
+        snapshot = tmp_path / "models--nyu-visionx--SiT-collections" / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        for name in FILES:
+            (snapshot / name).touch()
+        os.utime(snapshot, (time, time))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "require", lambda what: pytest.fail("asked the network"))
+    assert hub.resolve("SiT-XL/2-256") == snapshot.with_name("new") / "SiT-XL-2-256.pt"
 
 
-def test_without_the_network_the_error_is_one_line(monkeypatch):
-    monkeypatch.setattr(hub, "cached_files", lambda repository: [])
+def test_without_the_network_the_error_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(ValueError, match="cannot fetch nyu-visionx/SiT-collections.*cannot be reached") as error:

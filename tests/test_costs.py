@@ -48,11 +48,13 @@ def saved_bytes(precision, grad_checkpoint):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_what_autograd_keeps(precision):
     everything = saved_bytes(precision, False)
-    assert costs.activation_bytes(CONFIG, 8, precision, False, CPU) == pytest.approx(everything, rel=0.02)
+    assert costs.training_memory(CONFIG, 8, precision, False, 1, CPU)["activations"] == pytest.approx(
+        everything, rel=0.02
+    )
     between_blocks = saved_bytes(precision, True)
     expected = between_blocks + (everything - between_blocks) / CONFIG["depth"]
     assert expected < everything
-    assert costs.activation_bytes(CONFIG, 8, precision, True, CPU) == pytest.approx(expected, rel=0.02)
+    assert costs.training_memory(CONFIG, 8, precision, True, 1, CPU)["activations"] == pytest.approx(expected, rel=0.02)
 
 
 def test_memory_is_shared_among_shards():

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from data import sources
-from data.images import ImageDataset, ImageReader, center_crop
-from data.loader import GlobalBatchSampler, StreamedBatches, make_loader
+from data.images import ImageDataset, center_crop
+from data.loader import GlobalBatchSampler, make_loader
 from data.sources import Source, open_source
 from utils.distributed import ORDER_STREAM, seed_from
 
@@ -261,12 +261,13 @@ def test_grey_images_of_sixteen_bits_keep_their_range(tmp_path):
     ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     (tmp_path / "a").mkdir()
     Image.fromarray(ramp).save(tmp_path / "a" / "0.png")
-    item = ImageDataset(open_source(str(tmp_path)), 8, 3)[0, False]
+    dataset = ImageDataset(open_source(str(tmp_path)), 8, 3)
+    item = dataset[0, False]
     expected = torch.linspace(-1, 1, 64).reshape(1, 8, 8).expand(3, 8, 8)
     assert item["problems"] == []
     torch.testing.assert_close(item["images"], expected, atol=0.006, rtol=0)
-    with pytest.raises(ValueError, match="mode F have no range"):
-        ImageReader(8, 3, 1).read(lambda: (Image.new("F", (8, 8)), 0), False, "x")
+    (problem,) = dataset.read(0, lambda: (Image.new("F", (8, 8)), 0), False)["problems"]
+    assert "a/0.png: the image cannot be read: images of mode F have no range" in problem
 
 
 def test_empty_class_folders_stop_or_are_left_out(tmp_path):
@@ -427,8 +428,8 @@ def stream_batches(path, workers, *, count, **changes):
     source = open_source(str(path), streaming=True)
     batch, micro, classes = settings.pop("batch", 24), settings.pop("micro", 8), settings.pop("classes", 5)
     sampler = GlobalBatchSampler(None, batch, micro, **settings)
-    dataset = StreamedBatches(source, ImageReader(8, 3, classes), sampler, workers)
-    return list(itertools.islice(make_loader(dataset, None, workers, torch.device("cpu")), count))
+    loader = make_loader(ImageDataset(source, 8, 3, classes), sampler, workers, torch.device("cpu"))
+    return list(itertools.islice(loader, count))
 
 
 def hashes(batch):
@@ -489,7 +490,7 @@ def test_bad_rows_of_a_stream_are_named(tmp_path):
     assert batch["images"].shape == (4, 3, 8, 8) and set(batch["y"].tolist()) == {0, 1}
     source = open_source(str(tmp_path / "t.parquet"), streaming=True)
     assert source.num_classes is None and source.num_examples is None
-    with pytest.raises(ValueError, match="--streaming is for data of the kinds parquet, arrow, hub"):
+    with pytest.raises(ValueError, match="--streaming is for parquet, arrow, hub data"):
         open_source("digits", streaming=True)
 
 
@@ -516,8 +517,9 @@ def test_a_stream_resumes_without_reading_earlier_epochs(same_images, monkeypatc
     examples = source.examples
     source.examples = lambda seed: opened.append(seed) or examples(seed)
     sampler = GlobalBatchSampler(None, 16, 16, seed=0, rank=0, world_size=1, mirror=True, start=64 * 5 + 16)
-    stream = StreamedBatches(source, ImageReader(8, 3, 5), sampler, 0)
-    images = next(iter(stream))["images"]
+    dataset = ImageDataset(source, 8, 3, 5)
+    images = next(make_loader(dataset, sampler, 0, torch.device("cpu")))["images"]
     assert opened == [seed_from(0, ORDER_STREAM, 5)]
     sampler.start, source.num_examples = 0, None  # through all epochs, as a run that was not stopped
-    assert torch.equal(next(itertools.islice(iter(stream), 21, None))["images"], images)
+    loader = make_loader(dataset, sampler, 0, torch.device("cpu"))
+    assert torch.equal(next(itertools.islice(loader, 21, None))["images"], images)

@@ -13,9 +13,8 @@ from PIL import Image
 from test_command_line import fail
 
 import evaluate
-from evaluation import inception, metrics
-from evaluation.images import ImageBatches
-from evaluation.monitor import Monitor
+from evaluation import metrics
+from evaluation.images import STATISTICS, ImageBatches
 
 CPU = torch.device("cpu")
 
@@ -144,10 +143,10 @@ def test_metrics_equal_those_of_adm_s_suite(weights_file, tmp_path, monkeypatch,
 def test_statistics_as_reference_and_grey_images(weights_file, tmp_path, monkeypatch, capsys):
     """Statistics of the samples themselves: distance 0 up to rounding, and no images for precision and recall."""
     images = block_images(4, 3, 20, size=24)[..., :1]
-    network, _ = inception.load_inception(weights_file, CPU)
+    network, _ = metrics.load_inception(weights_file, CPU)
     np.savez(tmp_path / "s.npz", arr_0=images)
-    *_, statistics = inception.features(network, ImageBatches(tmp_path / "s.npz"), 3, CPU)
-    np.savez(tmp_path / "stats.npz", **statistics)
+    *_, statistics = metrics.features(network, ImageBatches(tmp_path / "s.npz"), 3, CPU)
+    np.savez(tmp_path / "stats.npz", **dict(zip(STATISTICS, statistics, strict=True)))
     words = [tmp_path / "s.npz", "--reference", tmp_path / "stats.npz", "--inception-weights", weights_file]
     out = evaluated(monkeypatch, capsys, *words, "--json", tmp_path / "out.json")
     results = json.loads((tmp_path / "out.json").read_text())
@@ -155,9 +154,9 @@ def test_statistics_as_reference_and_grey_images(weights_file, tmp_path, monkeyp
     assert results["precision"] is None and results["n_reference"] is None
     assert "needs images in the reference" in out
     # The monitor of training compares the same moments; their distance takes seconds, and is tested above.
-    monkeypatch.setattr("evaluation.monitor.frechet_distance", lambda *moments: moments)
+    monkeypatch.setattr("evaluation.metrics.frechet_distance", lambda *moments: moments)
     reference = ImageBatches(tmp_path / "stats.npz", may_be_statistics=True)
-    measured = Monitor(reference, (72, 72, 3), weights_file, CPU).metrics(images)
+    measured = metrics.Monitor(reference, (72, 72, 3), weights_file, CPU).metrics(images)
     mean, covariance, *of_reference = measured.pop("fid")
     np.testing.assert_allclose(mean, of_reference[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(covariance, of_reference[1], rtol=1e-5, atol=1e-6)
@@ -181,10 +180,10 @@ def test_pixel_metrics_for_any_batch_size(tmp_path, monkeypatch, capsys):
         results = json.loads((tmp_path / "out.json").read_text())
         assert [results["fd_pixels"], results["fd_pixels_floor"]] == pytest.approx(expected, rel=1e-9)
         assert "fid" not in results and "fd_pixels " in out and "\nfid" not in out
-    monitor = Monitor((real[start : start + 9] for start in range(0, 400, 9)), (4, 4, 1), None, CPU)
+    monitor = metrics.Monitor((real[start : start + 9] for start in range(0, 400, 9)), (4, 4, 1), None, CPU)
     assert monitor.metrics(real[::-1] // 2) == {"fd_pixels": pytest.approx(expected[0], rel=1e-9), "n_samples": 400}
     with pytest.raises(ValueError, match="real does not hold images of"):
-        Monitor(ImageBatches(folder), (4, 4, 3), None, CPU)
+        metrics.Monitor(ImageBatches(folder), (4, 4, 3), None, CPU)
 
 
 def test_a_folder_of_grey_and_coloured_images_is_coloured(tmp_path):
@@ -241,7 +240,7 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     (tmp_path / "short.npz").write_bytes(short)
     for name in ("text.npz", "cut.npz", "flipped.npz", "packed.npz", "header.npz", "short.npz", "array.npy"):
         assert name in message(name)
-    assert "in Fortran's order" in message("fortran.npz")
+    assert "in Fortran order with" in message("fortran.npz")
     assert "one.npz: a covariance needs two images or more, not 1" in message("one.npz")
     assert "mu has the shape (); Inception's has (2048,)" in message("good.npz", "scalar.npz")
     assert "mu has the shape (3,)" in message("good.npz", "three.npz")
@@ -257,7 +256,7 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     words = [tmp_path / "good.npz", "--reference", tmp_path / "small.npz"]
     assert "holds images of (12, 12), and" in fail("evaluate", words, capsys, monkeypatch)
     words = [tmp_path / "good.npz", "--reference", tmp_path / "good.npz", "--inception-weights"]
-    assert "no such file" in fail("evaluate", [*words, tmp_path / "nowhere.pth"], capsys, monkeypatch)
+    assert "No such file" in fail("evaluate", [*words, tmp_path / "nowhere.pth"], capsys, monkeypatch)
     assert "holds no weights of this Inception" in fail("evaluate", [*words, tmp_path / "w.pth"], capsys, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

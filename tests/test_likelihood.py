@@ -40,7 +40,7 @@ def test_bits_of_gaussian_images_under_the_exact_network(path_type, prediction, 
     source = Source(examples, np.arange(300) % 3, "row {}".format, 3, 300, channels=1, image_size=4)
     transport = create_transport(path_type, prediction)
     model = GaussianModel(transport, mean=0.0, std=STD)
-    space = vae.PixelSpace(1)
+    space = vae.PixelSpace()
     pipeline = Pipeline(model, transport, space, torch.device("cpu"), None)
     monkeypatch.setattr(likelihood, "open_source", lambda **given: source)
     monkeypatch.setattr(likelihood, "load_pipeline", lambda *args, **given: pipeline)
@@ -54,18 +54,27 @@ def test_bits_of_gaussian_images_under_the_exact_network(path_type, prediction, 
     assert f"bits_per_dim {results['bits_per_dim']:.4f}" in capsys.readouterr().out
 
 
-def test_dequantization_spreads_each_level_over_its_width():
-    levels = torch.arange(256.0)
-    images = levels / 127.5 - 1
-    low, high = (likelihood.dequantize(images, torch.full((256,), u)) for u in (0.0, 1.0))
+def test_dequantization_and_the_bits_of_a_uniform_density(monkeypatch):
+    """Levels are spread over their width; density 1/2 per dimension on [-1, 1] is 1/255 on [0, 255]: log2 255 bits."""
+    levels, solved = torch.arange(256.0), []
+
+    def solve(x, model, y):
+        solved.append(x.flatten())
+        return torch.full((16,), -16 * math.log(2)), x
+
+    model = GaussianModel(create_transport(), mean=0.0, std=STD)
+    pipeline = Pipeline(model, model.transport, vae.PixelSpace(), torch.device("cpu"), None)
+    monkeypatch.setattr(likelihood.Sampler, "sample_ode_likelihood", lambda self, **solver: solve)
+    images = (levels / 127.5 - 1).reshape(16, 1, 4, 4)
+    batch = {"images": images, "y": torch.zeros(16, dtype=torch.long), "problems": [[]] * 16}
+    for u in (0.0, 1.0):
+        uniform = torch.full((16, 1, 4, 4), u)
+        monkeypatch.setattr(likelihood.ImageNoise, "uniform", lambda self, shape, uniform=uniform: uniform)
+        bits = likelihood.bits_of_examples(batch, range(16), pipeline, {}, seed=0)
+        assert bits == pytest.approx([math.log2(255)] * 16)
+    low, high = solved
     torch.testing.assert_close((low + 1) * 127.5, levels - 0.5, atol=1e-4, rtol=0)
     torch.testing.assert_close(high[:-1], low[1:], atol=1e-6, rtol=0)  # no gap, no overlap
-
-
-def test_bits_of_a_uniform_density():
-    """A density of 1/2 per dimension on [-1, 1] is 1/255 on [0, 255]: log2 255 bits."""
-    bits = likelihood.bits_per_dimension(torch.tensor([-64 * math.log(2)]), 64, 127.5)
-    assert bits.item() == pytest.approx(math.log2(255))
 
 
 def test_cached_latents_have_the_bits_of_their_images(small_vae):
@@ -78,10 +87,17 @@ def test_cached_latents_have_the_bits_of_their_images(small_vae):
     solver = dict(sampling_method="rk4", num_steps=20)
     bits = {}
     for key, values in (("images", images), ("moments", space.moments(images))):
-        examples = {7 - i: {key: value, "y": 0, "problems": []} for i, value in enumerate(values)}
-        bits[key] = likelihood.bits_of_examples(examples, pipeline, solver, seed=3)
+        batch = {key: values, "y": torch.zeros(5, dtype=torch.long), "problems": [[]] * 5}
+        bits[key] = likelihood.bits_of_examples(batch, range(7, 2, -1), pipeline, solver, seed=3)
     assert bits["images"] == pytest.approx(bits["moments"], abs=1e-5)
-    latents = space.encode(images, draw.ImageNoise(3, range(7, 2, -1), torch.device("cpu")).draw((2, 4, 4)))
+    # Bad examples are left out, and the noise of the others stays theirs.
+    batch["problems"] = [["bad"], [], ["bad"], [], []]
+    some = likelihood.bits_of_examples(batch, range(7, 2, -1), pipeline, solver, seed=3)
+    assert some == pytest.approx([bits["moments"][i] for i in (1, 3, 4)], abs=1e-5)
+    batch["problems"] = [["bad"]] * 5
+    assert likelihood.bits_of_examples(batch, range(7, 2, -1), pipeline, solver, seed=3) == []
+    noise = draw.ImageNoise(3, range(7, 2, -1), torch.device("cpu")).draw((2, 4, 4))
+    latents = space.sample(space.moments(images), noise)
     logp = torch.distributions.Normal(0.0, STD).log_prob(latents.double()).flatten(1).mean(1)
     assert bits["images"] == pytest.approx((-logp / math.log(2)).tolist(), abs=0.02)
 

@@ -18,7 +18,7 @@ from processes import Script, start_torchrun, torchrun
 
 from models import SiT
 from utils import checkpoint, files
-from utils.weights import load_weights
+from utils.checkpoint import load_weights
 
 STEPS = 40
 FLAGS = [*TINY, "--max-steps", STEPS, "--ckpt-every", 10]
@@ -128,7 +128,7 @@ def test_groups_of_shards_and_shards_of_uneven_size(processes, more, tmp_path):
 def test_a_run_goes_on_on_other_ranks(first, then, uninterrupted, tmp_path):
     finish(train(tmp_path, first, "--max-steps", 20))
     result = finish(train(tmp_path, then))
-    assert f"resuming from {tmp_path}/checkpoint-20" in result.stdout
+    assert f"continuing from {tmp_path}/checkpoint-20" in result.stdout
     assert "--max-steps was 20 until now, and is 40" in result.stdout
     np.testing.assert_allclose(curve(tmp_path), curve(uninterrupted("one process")), atol=1e-4)
 
@@ -181,7 +181,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(uninterrupted, tmp_path):
     assert len(curve(tmp_path)) == 400
     np.testing.assert_allclose(curve(tmp_path)[:40], curve(uninterrupted("one process")), atol=1e-4)
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("resuming from") == 1
+    assert log.count("continuing from") == 1
 
 
 def test_ranks_end_with_torchrun(tmp_path):
@@ -219,7 +219,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_none(uninterrupted, tmp_path
     for step in written:
         checkpoint.check(tmp_path / f"checkpoint-{step}")
     result = finish(train(tmp_path, "one process", flags=flags))
-    assert f"resuming from {tmp_path}/checkpoint-{max(written)}," in result.stdout
+    assert f"continuing from {tmp_path}/checkpoint-{max(written)}," in result.stdout
     assert contents(tmp_path / "checkpoint-40") == contents(expected / "checkpoint-40")
     assert not list(tmp_path.glob(".checkpoint-*"))
 
@@ -232,7 +232,7 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(way, uninterr
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     result = finish(train(tmp_path / "run", way))
-    assert f"{shard} is damaged" in result.stdout and "resuming from" in result.stdout
+    assert f"{shard} is damaged" in result.stdout and "continuing from" in result.stdout
     assert "checkpoint-30" in result.stdout
     assert (tmp_path / "run" / "damaged-0-checkpoint-40").is_dir()
     assert contents(tmp_path / "run" / "checkpoint-40") == contents(uninterrupted(way) / "checkpoint-40")
@@ -273,7 +273,7 @@ def test_a_run_whose_start_is_typed_while_the_last_one_stops(uninterrupted, tmp_
     (saved,) = checkpoint.steps(tmp_path)
     wait_for_step(second, tmp_path, saved + 3)
     second.signal(signal.SIGTERM)
-    assert f"resuming from {tmp_path}/checkpoint-{saved}," in finish(second, code=75).stdout
+    assert f"continuing from {tmp_path}/checkpoint-{saved}," in finish(second, code=75).stdout
     assert sorted(checkpoint.steps(tmp_path))[0] == saved and not list(tmp_path.glob("damaged-*"))
 
 
@@ -282,7 +282,7 @@ def test_a_run_from_another_folder_is_typed_again(uninterrupted, tmp_path):
     more = ["--resume", source / "checkpoint-20"]
     finish(train(tmp_path, "one process", *more, "--max-steps", 35))
     result = finish(train(tmp_path, "one process", *more))
-    assert f"resuming from {tmp_path}/checkpoint-35" in result.stdout
+    assert f"continuing from {tmp_path}/checkpoint-35" in result.stdout
     assert contents(tmp_path / "checkpoint-40") == contents(source / "checkpoint-40")
 
 

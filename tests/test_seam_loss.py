@@ -45,7 +45,7 @@ def test_an_auxiliary_loss_trains_is_saved_and_resumes_exactly(way, tmp_path):
         arguments = [*flags, "--max-steps", steps, "--output-dir", tmp_path / folder]
         result = run(tmp_path / "toy.py", *arguments, processes=ranks)
         assert result.returncode == 0, result.stderr
-    assert "resuming from" in result.stdout
+    assert "continuing from" in result.stdout
     whole, parts = (contents(tmp_path / folder / "checkpoint-10") for folder in ("whole", "parts"))
     assert whole == parts and "losses.brightness.weights.head.weight" in whole[1]
     assert any(key.startswith("losses.brightness.state.head.weight.exp_avg") for key in whole[1])

@@ -65,7 +65,7 @@ def test_an_option_is_stored_resumed_and_sampled(parallel, toy, tmp_path):
     flags = ["train", *TINY, "--ckpt-every", 2, *parallel, "--output-dir", tmp_path / "run"]
     ranks = 2 if parallel else 1
     toy(*flags, "--learned-positions", "--max-steps", 2, processes=ranks)
-    assert "resuming from" in toy(*flags, "--learned-positions", "--max-steps", 4, processes=ranks).stdout
+    assert "continuing from" in toy(*flags, "--learned-positions", "--max-steps", 4, processes=ranks).stdout
     folder = tmp_path / "run" / "checkpoint-4"
     assert json.loads((folder / "trainer_state.json").read_text())["model"]["learned_positions"]
     weights = torch.load(folder / "ema.pt", weights_only=True)

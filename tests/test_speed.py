@@ -20,7 +20,7 @@ from models import SiT
 from sampling.draw import SampleSettings, draw
 from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS
 from sampling.pipeline import Pipeline
-from sampling.shards import Background
+from sampling.shards import background
 from training import costs
 from training.step import batches_on_device
 from transport import create_transport
@@ -73,13 +73,12 @@ def test_bf16_weights_compute_what_autocast_computes(pipeline):
 def test_compiled_sampling_agrees_and_fills_its_last_batch(pipeline):
     expected, counts = drawn_by("SDE", pipeline)
     sizes = set()
-    plain = pipeline.model.forward_embedded
-    pipeline.model.forward_embedded = lambda x, t, labels: sizes.add((len(x), len(t))) or plain(x, t, labels)
+    hook = pipeline.model.register_forward_pre_hook(lambda model, inputs: sizes.add((len(inputs[0]), len(inputs[1]))))
     pipeline.compiled = True
     drawn, _ = drawn_by("SDE", pipeline, batch_size=2)  # five images: batches of 2, 2 and 1
     assert sizes == {(4, 1)}  # guided, with one time for all
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
-    del pipeline.model.forward_embedded
+    hook.remove()
     pipeline.speed_up("fp32", compiled=True)
     drawn, counts_of_compiled = drawn_by("SDE", pipeline, batch_size=2)
     assert counts_of_compiled == counts
@@ -139,21 +138,18 @@ def test_a_time_that_all_share_is_embedded_once(pipeline):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_step_of_training_makes_the_host_wait(precision):
-    trainer = train_speed.Trainer(SiT(**SIZES), 4, CPU)
-    trainer.reset()
-    official, ours = train_speed.Row("official", fused=False), train_speed.Row("ours", precision=precision)
-    for row in (official, ours):
-        trainer.use(row)
-        trainer.step(row)
-    assert train_speed.host_waits(trainer, ours) == "none"
-    assert train_speed.host_waits(trainer, official) >= 1  # so that the counter counts
+    runner = train_speed.Runner(SIZES, 4, CPU)
+    runner.reset()
+    official, ours = train_speed.Row("official", official=True), train_speed.Row("ours", precision=precision)
+    assert train_speed.host_waits(runner, ours) == "none"
+    assert train_speed.host_waits(runner, official) >= 1  # the counter counts
 
 
 def test_all_rows_of_the_training_benchmark_compute_the_same():
-    trainer = train_speed.Trainer(SiT(**SIZES), 4, CPU)
+    runner = train_speed.Runner(SIZES, 4, CPU)
     rows = [row for row in train_speed.rows_for(CPU) if row.compiled is None]
     rows.append(train_speed.Row("checkpointed", grad_checkpoint=True))
-    official, fused, bf16, checkpointed = (torch.tensor(train_speed.losses_of(trainer, row, 20)) for row in rows)
+    official, fused, bf16, checkpointed = (torch.tensor(train_speed.losses_of(runner, row, 20)) for row in rows)
     torch.testing.assert_close(fused, official, atol=0, rtol=1e-5)
     torch.testing.assert_close(checkpointed, fused, atol=0, rtol=1e-5)
     torch.testing.assert_close(bf16, official, atol=0, rtol=0.01)
@@ -166,7 +162,7 @@ def test_compiled_runs_in_bf16_go_on_to_the_same_bytes(tmp_path):
     for folder, more in (("whole", []), ("parts", ["--max-steps", 3]), ("parts", [])):
         result = run("train.py", *flags, *more, "--output-dir", tmp_path / folder)
         assert result.returncode == 0, result.stderr
-    assert "resuming from" in (tmp_path / "parts" / "log.txt").read_text()
+    assert "continuing from" in (tmp_path / "parts" / "log.txt").read_text()
     for name in ("model.safetensors", "ema.pt"):
         whole, parts = ((tmp_path / folder / "checkpoint-6" / name).read_bytes() for folder in ("whole", "parts"))
         assert whole == parts
@@ -218,18 +214,18 @@ def test_tf32_is_refused_without_a_gpu(digits_run):
 
 def test_background_work_is_done_in_order_and_its_errors_arrive():
     done, thread = [], set()
-    with Background(CPU) as background:
+    with background(CPU) as submit:
         for i in range(5):
-            background.submit(lambda i=i: (done.append(i), thread.add(threading.current_thread())))
+            submit(lambda i=i: (done.append(i), thread.add(threading.current_thread())))
     assert done == [0, 1, 2, 3, 4] and threading.current_thread() not in thread
-    with pytest.raises(FileNotFoundError), Background(CPU) as background:
-        background.submit(lambda: open("/does/not/exist"))
+    with pytest.raises(FileNotFoundError), background(CPU) as submit:
+        submit(lambda: open("/does/not/exist"))
 
 
 def test_batches_on_a_cpu_are_the_loaders():
     batches = [{"images": torch.full((2, 3), i), "y": torch.tensor([i, i]), "problems": [[], []]} for i in range(3)]
     originals = [dict(batch) for batch in batches]
-    space = PixelSpace(3)
+    space = PixelSpace()
     on_device = list(batches_on_device((batch for batch in batches), space, CPU))
     for ours, theirs in zip(on_device, originals, strict=True):
         assert ours["moments"] is theirs["images"] and ours["y"] is theirs["y"] and "images" not in ours

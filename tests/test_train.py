@@ -24,8 +24,8 @@ from training.log import RunLog, TensorBoard
 from training.step import EMA, draw_randomness, learning_rate, update_ema
 from transport import create_transport
 from utils import checkpoint
+from utils.checkpoint import load_weights
 from utils.grids import to_uint8
-from utils.weights import load_weights
 
 
 def test_the_files_of_a_run(digits_run):
@@ -218,8 +218,8 @@ def test_weights_of_other_classes_and_sizes_start_a_run(digits_run, small_vae, t
     flags = [*TINY, "--data-path", images, "--vae", small_vae(latent_channels=1), "--image-size", 32, "--max-steps", 1]
     result = run("train.py", *flags, "--lr", 1e-9, "--output-dir", tmp_path / "run", "--init-from", digits_run)
     assert result.returncode == 0, result.stderr
-    assert "11 class embeddings in the weights, 3 here: they are initialised" in result.stdout
-    assert "16 tokens in the weights, 64 here" in result.stdout
+    assert "y_embedder.embedding_table.weight is (11, 32) in the weights and (3, 32) here" in result.stdout
+    assert "pos_embed is (1, 16, 32) in the weights and (1, 64, 32) here" in result.stdout
     before = load_weights(digits_run).state_dict
     after = load_weights(tmp_path / "run" / "checkpoint-1" / "model.safetensors").state_dict
     for key in before.keys() - {"pos_embed", "y_embedder.embedding_table.weight"}:

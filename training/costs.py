@@ -57,20 +57,11 @@ def training_flops(model_config):
     return 3 * forward_flops(model_config)
 
 
-def activation_bytes(model_config, batch_size, precision, grad_checkpoint, device):
-    """Return the bytes that a forward pass saves for backward, plus one recomputed block with gradient checkpointing.
+def saved_bytes(model_config, batch_size, precision, grad_checkpoint, device):
+    """Return the bytes that autograd saves in a forward pass, as CPU kernels do, counted on tensors without data.
 
-    Counted on tensors without data, as CPU kernels save them; `device` decides the kernel of attention.
+    `device` decides the kernel of attention.
     """
-    kept = _saved_bytes(model_config, batch_size, precision, grad_checkpoint, device)
-    if grad_checkpoint:
-        everything = _saved_bytes(model_config, batch_size, precision, False, device)
-        kept += (everything - kept) // model_config["depth"]
-    return kept
-
-
-def _saved_bytes(model_config, batch_size, precision, grad_checkpoint, device):
-    """Return the bytes of the tensors that autograd saves in a forward pass, each storage once."""
     storages = {}
 
     def count(tensor):
@@ -94,22 +85,21 @@ def _saved_bytes(model_config, batch_size, precision, grad_checkpoint, device):
 def training_memory(model_config, batch_size, precision, grad_checkpoint, shards, device):
     """Return an estimate of the peak memory of training on one device, as {part: bytes}.
 
-    It counts two gathered blocks for FSDP, and leaves out fragmentation, the workspace of kernels and the autoencoder.
-    All activations and all gradients count, as in DDP's buckets and with gradient accumulation; one process with one
-    micro-batch needs less, by up to the smaller of the two.
-
-    Args:
-        batch_size: micro-batch of one rank.
-        shards: ranks that share one model; 1: every rank has the whole model.
-        device: where it trains.
+    `batch_size` is a rank's micro-batch, and `shards` the ranks that share one model. It counts two gathered blocks for
+    FSDP, and leaves out fragmentation, the workspace of kernels and the autoencoder. All activations and all gradients
+    count, as with DDP and gradient accumulation; otherwise up to the smaller of the two is not needed.
     """
     weights = 4 * num_parameters(model_config)
+    activations = saved_bytes(model_config, batch_size, precision, grad_checkpoint, device)
+    if grad_checkpoint:  # one block at a time is computed again
+        everything = saved_bytes(model_config, batch_size, precision, False, device)
+        activations += (everything - activations) // model_config["depth"]
     parts = {
         "weights": weights / shards,
         "gradients": weights / shards,
         "optimizer": 2 * weights / shards,
         "EMA": weights / shards,
-        "activations": activation_bytes(model_config, batch_size, precision, grad_checkpoint, device),
+        "activations": activations,
     }
     if shards > 1:
         size = 2 if precision == "bf16" else 4

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data.images import check_problems
 from training import costs
 from utils import distributed, files
 from utils.grids import save_grid
@@ -41,7 +42,7 @@ class Metrics:
     def mean(self, name, values):
         """Add values, a number or a tensor of any shape, to the mean of a name."""
         values = torch.as_tensor(values, dtype=torch.float64, device=self.device).detach().flatten()
-        self._add(name, torch.stack([values.sum(), values.new_tensor(len(values))])[:, None])
+        self._add(name, torch.stack([values.sum(), values.new_full((), len(values))])[:, None])
 
     def mean_by_time(self, name, values, t):
         """Add values (M,) at times t (M,) to the means of `TIME_BINS` bins of time."""
@@ -120,12 +121,9 @@ class Meter:
 
 
 class LeftOut:
-    """Counts and names the examples that are left out, on all ranks.
+    """Counts and names the examples that are left out, on all ranks; without `skip` one is an error.
 
-    Args:
-        count: examples that the run has left out.
-        skip: --skip-bad-images; without it, an example that is left out is an error.
-        lines: what was left out when the data were opened.
+    `count` were left out before; `lines` say what was left out when the data were opened.
     """
 
     def __init__(self, count, skip, lines):
@@ -134,10 +132,7 @@ class LeftOut:
 
     def add(self, step, problems):
         """Take the problems of a micro-batch, a list of lines for each place. Raise ValueError without `skip`."""
-        for problem in itertools.chain(*problems):
-            if not self.skip:
-                raise ValueError(f"{problem} (--skip-bad-images leaves such examples out)")
-            self.lines.append(f"(step={step:07d}) left out {problem}")
+        self.lines += [f"(step={step:07d}) left out {line}" for line in check_problems(problems, self.skip)]
 
     def report(self, write_line):
         """Write the lines of all ranks since the last call, and count them."""
@@ -150,12 +145,8 @@ class LeftOut:
 class RunLog:
     """Writes the log of a run on rank 0; does nothing on other ranks.
 
-    The first file that cannot be written, on a full disk for example, is reported, and the run continues.
-
-    Args:
-        output_dir: the run's folder.
-        step: where the run starts; metrics of later steps, which it will repeat, are removed.
-        trackers: list of `TensorBoard` and `WeightsAndBiases`.
+    Metrics of steps after `step`, where the run starts and which it will repeat, are removed. The first file that
+    cannot be written, on a full disk for example, is reported, and the run continues.
     """
 
     def __init__(self, output_dir, step, trackers):

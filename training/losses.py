@@ -7,19 +7,12 @@ from utils import distributed
 
 
 class AuxiliaryLoss(nn.Module):
-    """A loss that is added to the main one. Its parameters are trained, saved and resumed, and are no part of the EMA.
+    """A loss that is added to the main one. Its parameters are trained, saved and resumed; no EMA has them."""
 
-    Attributes:
-        name: its key in the log and in checkpoints.
-        weight: its factor in the sum of losses.
-        hidden_blocks: indices of the blocks whose outputs it reads.
-        reads_images: it reads the images, also where training reads cached latents.
-    """
-
-    name = "auxiliary"
-    weight = 1.0
-    hidden_blocks = ()
-    reads_images = False
+    name = "auxiliary"  # its key in the log and in checkpoints
+    weight = 1.0  # its factor in the sum of losses
+    hidden_blocks = ()  # indices of the blocks whose outputs it reads
+    reads_images = False  # whether it reads the images, also where training reads cached latents
 
     def forward(self, batch, t, xt, output, hidden):
         """Return the loss of each sample (M,) of a micro-batch.
@@ -37,8 +30,7 @@ class AuxiliaryLoss(nn.Module):
 def build_losses(builders, model, seed):
     """Return the losses that `builders`, functions of the model, make: with the same initial weights on every rank.
 
-    Raises:
-        ValueError: two losses have one name, or one reads a block that the model does not have.
+    Raise ValueError if two losses have one name, or one reads a block that the model does not have.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(distributed.seed_from(seed, len(builders)))

@@ -42,7 +42,7 @@ def find_start(resume, output_dir):
     """Return the `Start` of a run in `output_dir`, which is None for a new folder.
 
     `resume` is 'auto' (the newest intact checkpoint in `output_dir`, or step 0), 'never' (step 0), or a run folder or
-    checkpoint folder. Raise ValueError if no checkpoint is intact, or the run would overwrite checkpoints of another run.
+    checkpoint folder. Raise ValueError if no checkpoint is intact, or the run would overwrite another run's.
     """
     existing = checkpoint.steps(output_dir) if output_dir is not None else []
     if resume == "never" and existing:
@@ -67,9 +67,8 @@ def find_start(resume, output_dir):
     target = own if output_dir is None else output_dir.resolve()
     newer = [step for step in checkpoint.steps(target) if step > start.step]
     if newer and not (start.damaged and target == own):
-        raise ValueError(
-            f"{target} holds checkpoint-{max(newer)}, newer than {start.folder}; give another --output-dir"
-        )
+        problem = f"{target} holds checkpoint-{max(newer)}, newer than {start.folder}"
+        raise ValueError(f"{problem}; give another --output-dir")
     return start
 
 
@@ -100,10 +99,9 @@ def check_model(config, start):
     now, then = identity(config), identity(start.state)
     for key in now:
         if now[key] != then.get(key):
-            raise ValueError(
-                f"{flag_name(key)}: {now[key]} was given, but {start.folder} was trained with {then.get(key)}; "
-                "give another --output-dir, or --init-from to start a new run from its weights"
-            )
+            problem = f"{flag_name(key)}: {now[key]} was given, but {start.folder} was trained with {then.get(key)}"
+            advice = "give another --output-dir, or --init-from to start a new run from its weights"
+            raise ValueError(f"{problem}; {advice}")
 
 
 def changed_flags(flags, start):

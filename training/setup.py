@@ -8,15 +8,15 @@ import os
 import torch
 import yaml
 
-from data.images import ImageDataset, ImageReader
-from data.loader import StreamedBatches
+from data.images import ImageDataset
+from data.loader import make_loader
 from data.sources import Source, open_source, recognise_format
 from models import SiT, SiT_models
 from training import costs
 from utils import checkpoint, distributed, hub
+from utils.checkpoint import TRANSPORT_KEYS, load_weights
 from utils.command_line import flag_name
-from utils.weights import TRANSPORT_KEYS, load_weights
-from vae import PRECISIONS, LatentSpace, geometry, open_space, same_vae
+from vae import PRECISIONS, LatentSpace, full_name, geometry, open_space
 
 # Arguments of SiT that the data decides; every other one is a model option, with a flag of its name in train.py.
 DECIDED_BY_DATA = ("input_size", "in_channels", "num_classes")
@@ -42,10 +42,8 @@ def split_batch(global_batch_size, micro_batch_size, world_size):
         raise ValueError(f"--global-batch-size {global_batch_size} does not divide over {world_size} ranks")
     micro_batch_size = micro_batch_size or global_batch_size // world_size
     if global_batch_size % (micro_batch_size * world_size):
-        raise ValueError(
-            f"--global-batch-size {global_batch_size} is not micro-batch x ranks x accumulation: it is no multiple of "
-            f"--micro-batch-size {micro_batch_size} x {world_size} ranks = {micro_batch_size * world_size}"
-        )
+        needed = f"--micro-batch-size {micro_batch_size} x {world_size} ranks = {micro_batch_size * world_size}"
+        raise ValueError(f"--global-batch-size {global_batch_size} is no multiple of {needed}")
     return global_batch_size // (micro_batch_size * world_size), micro_batch_size
 
 
@@ -66,14 +64,8 @@ def resolve_parallel(parallel, fsdp_shard_size, model, device):
 def resolve_config(source, model_name, options, sizes, transport, vae=None, skip_bad_images=False):
     """Return what a checkpoint stores to build everything again: 'model', 'transport' and 'latents'.
 
-    Args:
-        source: `Source` or `CachedLatents`.
-        model_name: key of SiT_models.
-        options, sizes, transport: the model options, SIZE_FLAGS and TRANSPORT_KEYS that were given.
-        vae: --vae; None: not given.
-        skip_bad_images: labels that are out of range are no error.
-
-    Raise ValueError if sizes do not divide, or flags contradict the data or the VAE.
+    `options`, `sizes` and `transport` are the model options, SIZE_FLAGS and TRANSPORT_KEYS that were given. Raise
+    ValueError if sizes do not divide, or flags contradict the data or the VAE.
     """
     sizes = dict.fromkeys(SIZE_FLAGS) | sizes
     vae, downsampling, channels = _resolve_vae(source, vae, sizes)
@@ -100,7 +92,7 @@ def _resolve_vae(source, vae, sizes):
         return vae or "ema", *geometry(vae or "ema", source.channels)
     # A folder that was moved can be named by its new path; whether it holds the same VAE cannot be checked.
     moved = os.path.isabs(source.vae) and not os.path.exists(source.vae) and vae is not None and os.path.isdir(vae)
-    if vae is not None and not moved and not same_vae(vae, source.vae):
+    if vae is not None and not moved and full_name(vae) != full_name(source.vae):
         raise ValueError(f"--vae {vae} contradicts the cached latents, which were made with {source.vae}")
     for key in ("image_size", "num_classes"):
         if sizes[key] not in (None, getattr(source, key)):
@@ -113,16 +105,13 @@ def _resolve_image_size(source, sizes, vae, downsampling, patch_size):
     """Return the size of the images. Raise ValueError if flags contradict each other or it does not divide."""
     image_size, input_size = sizes["image_size"], sizes["input_size"]
     if input_size is not None and image_size not in (None, input_size * downsampling):
-        raise ValueError(
-            f"--image-size {image_size} contradicts --input-size {input_size}: "
-            f"with --vae {vae} the image is {downsampling} times as large"
-        )
+        problem = f"--image-size {image_size} contradicts --input-size {input_size}"
+        raise ValueError(f"{problem}: with --vae {vae} the image is {downsampling} times as large")
     image_size = image_size or (input_size or 0) * downsampling or source.image_size or 256
     if image_size % (downsampling * patch_size):
-        raise ValueError(
-            f"--image-size {image_size} does not divide: with --vae {vae} (downsampling {downsampling}) and "
-            f"patches of {patch_size} it must be a multiple of {downsampling * patch_size}"
-        )
+        factors = f"--vae {vae} (downsampling {downsampling}) and patches of {patch_size}"
+        needed = f"it must be a multiple of {downsampling * patch_size} with {factors}"
+        raise ValueError(f"--image-size {image_size} does not divide: {needed}")
     return image_size
 
 
@@ -168,11 +157,8 @@ def initial_weights(config, seed, init_from, start):
         then, now = given.get(key, fresh[key]), fresh[key]
         if then.shape == now.shape or then.shape[-1] != now.shape[-1]:
             continue
-        given[key] = now
-        if key in fixed:  # a function of the number of tokens
-            notes.append(f"{then.shape[1]} tokens in the weights, {now.shape[1]} here: {key} is computed again")
-        else:
-            notes.append(f"{len(then)} class embeddings in the weights, {len(now)} here: they are initialised")
+        given[key] = now  # class embeddings, or positions, which are a function of the number of tokens
+        notes.append(f"{key} is {tuple(then.shape)} in the weights and {tuple(now.shape)} here: it is initialised")
     checkpoint.check_fit(fresh, given, f"--init-from {init_from}")
     return given, notes
 
@@ -184,7 +170,7 @@ def open_training_space(config, source, device, vae_precision, decodes, losses):
     """
     vae, dtype = config["latents"]["vae"], PRECISIONS[vae_precision]
     if isinstance(source, Source):
-        return open_space(vae, config["latents"]["channels"], device, dtype)
+        return open_space(vae, device, dtype)
     if any(loss.reads_images for loss in losses):
         source.require_images()
     space = LatentSpace(vae, device, dtype, source.scale, source.shift)
@@ -193,37 +179,34 @@ def open_training_space(config, source, device, vae_precision, decodes, losses):
     return space
 
 
-def open_dataset(config, source, sampler, num_workers):
-    """Return the data set for the loader: images by index or from a stream, or cached latents."""
-    if not isinstance(source, Source):
-        return source
-    image_size, num_classes = config["latents"]["image_size"], config["model"]["num_classes"]
-    channels = source.channels if config["latents"]["vae"] == "none" else 3
-    if source.streamed:
-        return StreamedBatches(source, ImageReader(image_size, channels, num_classes), sampler, num_workers)
-    return ImageDataset(source, image_size, channels, num_classes)
+def open_loader(config, source, sampler, num_workers, device):
+    """Return the loader of this rank's micro-batches: images by index or from a stream, or cached latents."""
+    dataset = source
+    if isinstance(source, Source):
+        channels = source.channels if config["latents"]["vae"] == "none" else 3
+        dataset = ImageDataset(source, config["latents"]["image_size"], channels, config["model"]["num_classes"])
+    return make_loader(dataset, sampler, num_workers, device)
 
 
-def opening_lines(output_dir, start, notes, config, source, changed_flags):
-    """Return the lines of the log that say what a run is about to do."""
+def opening_lines(output_dir, start, notes, config, source, changed_flags, text):
+    """Return the lines of the log that say what a run is about to do; `text`, of the batch and the machine, is last."""
     lines = [f"run folder {output_dir}", *notes, *(f"{problem}; it is not used" for problem in start.damaged)]
     if start.state is not None:
-        lines += [f"resuming from {start.folder}, step {start.step}", *changed_flags]
+        lines += [f"continuing from {start.folder}, step {start.step}", *changed_flags]
     model, count = config["model"], source.num_examples
     shape = (model["in_channels"], model["input_size"], model["input_size"])
     images = "a stream of images" if count is None else f"{count:,} images"
     lines.append(f"{costs.num_parameters(model):,} parameters; {json.dumps(model)}")
-    return [*lines, f"{images} of {model['num_classes']} classes as {shape}; {json.dumps(config['transport'])}"]
+    return [*lines, f"{images} of {model['num_classes']} classes as {shape}; {json.dumps(config['transport'])}", text]
 
 
-def print_plan(flags, config, lines, micro_batch_size, precision, mesh, grad_checkpoint, device):
-    """Print, on rank 0, the flags, the config, some lines and an estimate of the peak memory, for --dry-run."""
+def print_plan(flags, config, text, micro_batch_size, precision, mesh, grad_checkpoint, device):
+    """Print, on rank 0, the flags, the config, a line of text and an estimate of the peak memory, for --dry-run."""
     if distributed.rank() != 0:
         return
     print(yaml.safe_dump(flags, sort_keys=False), end="")
     print(f"{costs.num_parameters(config['model']):,} parameters; {json.dumps(config)}")
-    for line in lines:
-        print(line)
+    print(text)
     shards = 1 if mesh is None else mesh.shape[-1]
     memory = costs.training_memory(config["model"], micro_batch_size, precision, grad_checkpoint, shards, device)
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())

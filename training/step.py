@@ -12,17 +12,11 @@ from utils import checkpoint, distributed, precision
 
 @dataclasses.dataclass
 class EMA:
-    """An exponential moving average of the weights; one whose decay is no constant overrides `decay_at`.
+    """An exponential moving average of the weights; one whose decay is no constant overrides `decay_at`."""
 
-    Attributes:
-        name: its file in a checkpoint is NAME.pt, and sampling finds it by --ema NAME.
-        decay: decay per step.
-        warmup: use a smaller decay at first, (1 + n) / (10 + n) at step n.
-    """
-
-    name: str
-    decay: float
-    warmup: bool = True
+    name: str  # of its file in a checkpoint, NAME.pt, and for --ema NAME
+    decay: float  # per step
+    warmup: bool = True  # use a smaller decay at first, (1 + n) / (10 + n) at step n
 
     def decay_at(self, step):
         """Return the decay of the update after `step` others."""
@@ -37,10 +31,10 @@ def update_ema(ema, parameters, decay):
 
 
 def draw_randomness(seed, step, global_batch_size, places, latent_shape, device):
-    """Return uniform numbers for times and for label drops, noise, and posterior noise, for a step.
+    """Return a step's uniform numbers for times and label drops, noise and posterior noise, at `places`, a slice.
 
-    They depend on (seed, step, place in the global batch) alone: every rank draws them for the whole global batch and
-    keeps those of its `places`, a slice. That costs little, and a run can change its number of ranks.
+    They depend on (seed, step, place in the global batch) alone: every rank draws them for the whole global batch,
+    which costs little, so that a run can change its number of ranks.
     """
     g = distributed.generator(device, seed, distributed.STEP_STREAM, step)
     uniform, drop = torch.rand(2, global_batch_size, generator=g, device=device)[:, places]
@@ -86,15 +80,11 @@ def step_optimizers(optimizers, loss, lr, max_grad_norm=None):
 
 
 class Trainer:
-    """The model, its EMAs, auxiliary losses and optimizers, on this rank's device, sharded or replicated.
+    """A SiT, on the meta device at first, with its `EMA`s, `AuxiliaryLoss`es and optimizers, sharded or replicated.
 
     Args:
-        model: SiT on the meta device, or elsewhere with the weights to start from.
         transport: gives the main loss.
-        device, precision: where and in what to compute.
-        emas: list of `EMA`.
-        losses: list of `AuxiliaryLoss`, on the CPU.
-        parallel, mesh: 'one process', 'ddp' or 'fsdp', which has a mesh.
+        parallel, mesh: 'one process', 'ddp' or 'fsdp', which alone has a mesh.
         adamw: arguments of `build_optimizer`.
     """
 
@@ -109,16 +99,13 @@ class Trainer:
                 module.to_empty(device=device)
             module.to(device)
             precision.choose_attention(module, device, precision_name)
+        self.optimizer, self.loss_optimizers = build_optimizer(model, **adamw), {}
         for loss in self.losses:
             loss.to(device)
-            if parallel == "fsdp" and any(p.requires_grad for p in loss.parameters()):
-                distributed.shard(loss, mesh)
-        self.optimizer = build_optimizer(model, **adamw)
-        self.loss_optimizers = {
-            loss.name: build_optimizer(loss, **adamw)
-            for loss in self.losses
-            if any(p.requires_grad for p in loss.parameters())
-        }
+            if any(p.requires_grad for p in loss.parameters()):
+                if parallel == "fsdp":
+                    distributed.shard(loss, mesh)
+                self.loss_optimizers[loss.name] = build_optimizer(loss, **adamw)
         self.hidden_blocks = tuple(sorted({block for loss in self.losses for block in loss.hidden_blocks}))
         self.reads_images = any(loss.reads_images for loss in self.losses)
         self.parameters = distributed.local(model.parameters())

@@ -10,8 +10,8 @@ data to noise; `noise` is standard normal, like x. Each call of `velocity` or `d
 - A step that remembers evaluations (a multistep method) is a class: each solve makes one by `Step(path, times)` and
   calls it as above. `path` is the `Path`, with its alpha and sigma; `times` (T,) the grid of the solve.
 - NFE per step is None where it depends on the data.
-- An SDE step must not evaluate `drift` at t + dt if `end_is_singular`, which holds for the last step alone. NFE per
-  step above 1 means that this saves one evaluation.
+- An SDE step must not evaluate `drift` at t + dt if `end_is_singular`, which is True in the last step only. A step of
+  more than one evaluation then makes one less.
 """
 
 import torch
@@ -40,7 +40,7 @@ SDE_METHODS = {"Euler": (euler_maruyama_step, 1), "Heun": (heun_step, 2)}
 # Methods that choose their own time steps, all of them torchdiffeq's.
 ADAPTIVE_ODE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 
-# A step of None: torchdiffeq integrates, by its method of the same name. Its Adams methods iterate until they converge.
+# A step of None: torchdiffeq integrates, by its method of the same name. Its Adams methods have no fixed NFE per step.
 ODE_METHODS = {
     **dict.fromkeys(ADAPTIVE_ODE_METHODS, (None, None)),
     **{"euler": (None, 1), "midpoint": (None, 2), "heun2": (None, 2), "heun3": (None, 3), "rk4": (None, 4)},
@@ -51,17 +51,10 @@ ODE_METHODS = {
 def ode_integrate(velocity, x, times, *, method, atol, rtol, path=None, trajectory=False):
     """Integrate dx/dt = velocity(x, t) over `times` and return the states (S, N, ...), of which the last is the end.
 
-    Args:
-        velocity: function of the state and a 0-D time. It is never called outside [min(times), max(times)], where a
-            path may be singular.
-        x: the state at times[0]: a tensor (N, ...), or a tuple of them; then the result is a tuple, too.
-        times: (T,) the grid, increasing or decreasing. Adaptive methods use its two ends.
-        method: a name in ODE_METHODS.
-        atol, rtol: tolerances of the adaptive methods.
-        path: what a step that is a class is made with.
-        trajectory: keep all states (S = T). Otherwise the first and the last, so that memory does not grow with T.
-
-    Raises ValueError if an adaptive method cannot meet its tolerances.
+    x is the state at times[0], a tensor (N, ...) or a tuple of them; then the result is a tuple, too. `velocity` is
+    never called outside [min(times), max(times)], where a path may be singular. `times` (T,) increases or decreases; adaptive
+    methods use its two ends. With `trajectory`, S = T; otherwise the first and the last state are kept, so that memory
+    does not grow with T. Raise ValueError if an adaptive method cannot meet its tolerances `atol` and `rtol`.
     """
     low, high = times.min(), times.max()
 
@@ -117,12 +110,8 @@ def _unpack(packed, parts):
 def sde_integrate(drift, diffusion, x, times, *, method, randn_like, path=None, end_is_singular=False):
     """Integrate an SDE from x (N, ...) over `times` (T,), increasing; yield the state after each of the T - 1 steps.
 
-    Args:
-        drift, diffusion: functions of (x, t) and of t, which is 0-D; the diffusion is a 0-D tensor >= 0.
-        method: a name in SDE_METHODS.
-        randn_like: function that draws standard normal noise in the shape of its argument.
-        path: what a step that is a class is made with.
-        end_is_singular: whether the drift must not be evaluated at times[-1].
+    `drift` and `diffusion` are functions of (x, t) and of t, which is 0-D, as the diffusion is. `randn_like` draws
+    standard normal noise in the shape of its argument. If `end_is_singular`, no drift is evaluated at times[-1].
     """
     step = _for_this_solve(SDE_METHODS[method][0], path, times)
     last = len(times) - 2

@@ -11,7 +11,6 @@ Written this way, and not through d_alpha / alpha, they divide by nothing but wh
 sigma = 0, and a velocity made from noise or score at alpha = 0.
 """
 
-import abc
 import math
 
 import torch
@@ -39,11 +38,12 @@ def expand_like(t, x):
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
-class Path(abc.ABC):
+class Path:
     """A path is alpha, sigma and their time derivatives. To add one, write a subclass and name it in `PATHS`.
 
-    In the coefficient functions t is a tensor of any shape with values in [0, 1], and the result has t's shape and
-    dtype. In all other methods x, x0, x1, velocity, score and noise are (N, ...) and t is (N,).
+    A subclass has the methods alpha(t) and sigma(t), the coefficients of data and noise, and d_alpha(t) and d_sigma(t).
+    Their t is a tensor of any shape with values in [0, 1], and the result is like t. In all methods that have x, x0 or
+    x1, these, velocity, score and noise are (N, ...) and t is (N,).
 
     Attributes:
         singular_at_noise: whether alpha(0) = 0, where noise and score say nothing of the velocity. Time intervals then
@@ -57,22 +57,6 @@ class Path(abc.ABC):
     finite_derivatives = True
     default_train_eps = 1e-3
     default_sample_eps = 1e-3
-
-    @abc.abstractmethod
-    def alpha(self, t):
-        """Return the coefficient of the data."""
-
-    @abc.abstractmethod
-    def sigma(self, t):
-        """Return the coefficient of the noise."""
-
-    @abc.abstractmethod
-    def d_alpha(self, t):
-        """Return the time derivative of alpha."""
-
-    @abc.abstractmethod
-    def d_sigma(self, t):
-        """Return the time derivative of sigma."""
 
     def wronskian(self, t):
         """Return d_alpha sigma - alpha d_sigma, which is positive for 0 < t < 1: how fast data displaces noise."""

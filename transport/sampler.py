@@ -20,7 +20,7 @@ class Sampler:
     Args of the methods:
         sampling_method: a name in `ODE_METHODS` or `SDE_METHODS`.
         num_steps: time points, both ends included; adaptive methods choose their own steps.
-        time_shift: above 1, more of the time points lie near the noise; see `shifted`. Adaptive methods ignore it.
+        time_shift: above 1, more of the time points lie near the noise; see `shifted`.
         atol, rtol: tolerances of the adaptive methods. The error is measured as its root mean square over the whole
             batch, so their steps, and within the tolerances the result, depend on what else is in the batch.
         trajectory: return every state, (S, N, ...), not the end state alone, (1, N, ...). `fn(...)[-1]` is the end
@@ -45,8 +45,7 @@ class Sampler:
     ):
         """Sample by the probability-flow ODE dx/dt = velocity(x, t). With `trajectory`, S = num_steps.
 
-        Args:
-            reverse: integrate from data to noise, over the same interval.
+        `reverse` integrates from data to noise, over the same interval.
         """
         t0, t1 = self._ode_interval(sampling_method, num_steps, time_shift)
         solver = dict(method=sampling_method, atol=atol, rtol=rtol, path=self.transport.path, trajectory=trajectory)
@@ -120,10 +119,8 @@ class Sampler:
             num_probes: probes per sample, over which the estimate is averaged; each costs a backward pass per NFE.
             probe_like: draws one probe in the shape of its argument; None: -1 or 1 from PyTorch's global generator.
 
-        Returns:
-            `fn(x, model, **model_kwargs)` -> (logp, z): log p(x) (N,) in nats, summed over all dimensions, and the
-            noise (N, ...) that x is carried to. Works whatever the grad mode outside, inference mode included (for a
-            model whose parameters were not made in it); the result carries no gradient.
+        `fn` returns (logp, z): log p(x) (N,) in nats, summed over all dimensions, and the noise (N, ...) that x is
+        carried to, without gradients. It works in any grad mode, in inference mode for parameters not made in it.
         """
         t0, t1 = self._ode_interval(sampling_method, num_steps)
         if num_probes < 1 or num_probes != int(num_probes):

@@ -11,11 +11,7 @@ LOSS_WEIGHTS = (None, "velocity", "likelihood")
 
 
 def create_transport(path_type="Linear", prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
-    """Make the `Transport` that trains and samples a network; `path_type` is a name in `PATHS`.
-
-    Raises:
-        ValueError: an unknown name, or an eps out of range; the message lists what is allowed.
-    """
+    """Return the `Transport` that trains and samples a network; `path_type` is a name in `PATHS`."""
     check_choice("path type", path_type, PATHS)
     return Transport(PATHS[path_type](), prediction, loss_weight, train_eps, sample_eps)
 
@@ -43,8 +39,7 @@ class Transport:
             both ends, or the data end alone if the path is not `singular_at_noise`. None: the path's default; 0 for
             velocity if the path has `finite_derivatives`. Each is used as given, whether or not the other is.
 
-    Raises:
-        ValueError: an unknown name, or an eps out of range; the message lists what is allowed.
+    Raise ValueError for an unknown name, or an eps out of range; the message lists what is allowed.
     """
 
     def __init__(self, path, prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
@@ -104,14 +99,9 @@ class Transport:
     def training_losses(self, model, x1, model_kwargs=None, *, t=None, x0=None):
         """Compute the loss of each sample: the squared error of velocity or, weighted, of noise or sigma times score.
 
-        Args:
-            model: see the class.
-            x1: (N, ...) data, float32 or float64.
-            model_kwargs: further arguments of the model, such as dict(y=labels).
-            t, x0: times (N,) and noise like x1, for callers that draw them; both or none.
-
-        Returns:
-            dict: 'loss' (N,), the mean over all else; 'pred' and 'xt' (N, ...), the model's output and its input.
+        x1 is data (N, ...), float32 or float64; `model_kwargs` are more arguments of the model, such as dict(y=labels);
+        t (N,) and x0 are times and noise, for callers that draw them. Return a dict: 'loss' (N,), a mean over all other
+        dimensions; 'pred' and 'xt' (N, ...), the model's output and input.
         """
         if (t is None) != (x0 is None):
             raise ValueError("give both t and x0, or none of them")
@@ -121,12 +111,10 @@ class Transport:
         pred = model(xt, t, **(model_kwargs or {}))
         if pred.shape != xt.shape:
             raise ValueError(f"the model returned shape {tuple(pred.shape)} for inputs of shape {tuple(xt.shape)}")
-        if self.prediction == "velocity":
-            error = pred - ut
-        elif self.prediction == "noise":
-            error = pred - x0
-        else:
+        if self.prediction == "score":
             error = pred * self.path.sigma(expand_like(t, xt)) + x0
+        else:
+            error = pred - (ut if self.prediction == "velocity" else x0)
         loss = (error**2).flatten(1).mean(1)
         if self.prediction != "velocity":
             loss = self._weight(t) * loss

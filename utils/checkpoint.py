@@ -1,4 +1,4 @@
-"""The files of a checkpoint: write, find, check and resume them.
+"""The files of a checkpoint: write, find, check and load them; and the weights of a SiT from any other source.
 
     {output_dir}/checkpoint-{step}/
         model.safetensors     trained weights, whole, under the official keys
@@ -11,194 +11,149 @@ A checkpoint is written under another name and renamed when all of it is on the 
 complete; the manifest says whether it still is.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import json
+import math
 import pathlib
+import pickle
 import re
 import shutil
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
+from models import SIZES
 from utils import distributed, files
 from utils.errors import named, one_line
-from utils.tensor_files import read_pt, read_safetensors
 
-STATE_FILE = "trainer_state.json"
-MANIFEST = "manifest.json"
+STATE_FILE, MANIFEST = "trainer_state.json", "manifest.json"
 WHOLE_FILES = ("model.safetensors", "ema.pt", STATE_FILE)
 NAME = re.compile(r"checkpoint-(\d+)")
+TRANSPORT_KEYS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")
 
 
 class Writer:
     """Writes the checkpoints of a run while training continues; all ranks make one and call it together.
 
-    Args:
-        output_dir: the run's folder.
-        keep_last: keep this many of the newest checkpoints; None: all.
-        keep_every: keep those whose step is a multiple of this, too; None: no others.
-        report: called on rank 0, from another thread, with a line of text for each checkpoint, written or failed.
+    It keeps the newest `keep_last` (None: all) and those whose step is a multiple of `keep_every`. `report` is called
+    on rank 0, from another thread, with a line of text for each checkpoint, written or failed.
     """
 
     def __init__(self, output_dir, keep_last=None, keep_every=None, report=print):
-        self.output_dir = pathlib.Path(output_dir)
-        self.keep_last, self.keep_every, self.report = keep_last, keep_every, report
+        self.output_dir, self.report = pathlib.Path(output_dir), report
+        self.keep_last, self.keep_every = keep_last, keep_every
         # torch.distributed.checkpoint warns, from its own thread, that there is one process only.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        self.group = distributed.side_group()
-        self.thread = ThreadPoolExecutor(1)
-        self.pending = None
+        self.thread, self.pending, self.group = ThreadPoolExecutor(1), None, None
+        if dist.is_initialized():  # another thread needs another group for its collectives
+            self.group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT)
         if distributed.rank() == 0:
             for leftover in self.output_dir.glob(".checkpoint-*"):  # of a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step, model, emas, optimizer, state, losses=None):
-        """Copy the content of checkpoint-{step}, and begin to write it. Wait until the one before is written.
+        """Copy the content of checkpoint-{step}, begin to write it, and return the seconds for which training waited.
 
-        Args:
-            model: the module that is trained, not wrapped by DDP.
-            emas: {name: module}; each is written to NAME.pt.
-            optimizer: the optimizer of `model`.
-            state: content of trainer_state.json, plain data with the keys 'model', 'transport' and 'latents'.
-            losses: {name: (module, its optimizer or None)} of auxiliary losses.
-
-        Returns:
-            Seconds that this call took, for which training waited.
+        `model` is not wrapped by DDP. `emas` is {name: module}, `losses` {name: (module, its optimizer or None)}, and
+        `state` the content of trainer_state.json: plain data with the keys 'model', 'transport' and 'latents'.
         """
         start = time.perf_counter()
         self.finish()
         final = self.output_dir / f"checkpoint-{step}"
-        try:
-            partial = distributed.on_rank_zero(_make_partial, final)
-        except ValueError as error:
-            self.pending = self.thread.submit(self._report_failure, final, error)
-            return time.perf_counter() - start
         weights = {"model": _whole(model)} | {name: _whole(ema) for name, ema in emas.items()}
-        sharded = dcp.async_save(
-            _sharded_state(model, optimizer, losses or {}),
-            checkpoint_id=partial / "optimizer",
-            process_group=self.group,
-        )
+        content, folder = _sharded_state(model, optimizer, losses or {}), files.partial_name(final) / "optimizer"
+        sharded = dcp.async_save(content, checkpoint_id=folder, process_group=self.group)
         waited = time.perf_counter() - start
-        self.pending = self.thread.submit(self._write, final, weights, state, sharded, start, waited)
+        if distributed.rank() == 0:
+            self.pending = self.thread.submit(self._write, final, weights, state, sharded, start, waited)
+        else:
+            self.pending = self.thread.submit(sharded.exception)  # waits; rank 0 says whether all succeeded
         return waited
 
     def finish(self):
         """Wait until no checkpoint is being written. Return, on every rank, whether the last one succeeded, if any."""
-        written = self.pending is None or self.pending.result()
-        return distributed.broadcast(written)
+        return distributed.broadcast(self.pending is None or self.pending.result())
 
     def _write(self, final, weights, state, sharded, start, waited):
-        """Write the whole files, wait for the sharded ones, and rename the folder. Runs in the thread."""
-        partial, problem = files.partial_name(final), None
+        """Write the whole files, wait for the sharded ones, and rename the folder. Return whether that succeeded."""
         try:
-            try:
-                if distributed.rank() == 0:
+            with files.written_whole(final) as partial:
+                try:
+                    partial.mkdir(parents=True, exist_ok=True)
                     safetensors.torch.save_file(weights.pop("model"), partial / "model.safetensors")
                     for name, ema in weights.items():
                         torch.save(ema, partial / f"{name}.pt")
                     (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-            finally:
-                sharded.exception()  # waits: nothing may be removed while others write there
-            sharded.result()
-            if distributed.rank() == 0:
+                finally:
+                    sharded.exception()  # waits: nothing may be removed while others write there
+                sharded.result()
                 _write_manifest(partial)
-                files.publish(partial, final)
         except (Exception, CheckpointException) as error:  # a full disk shows as one of many kinds
-            problem = error
             if isinstance(error, CheckpointException):  # holds the error of each rank, with tracebacks
-                problem = next(iter(error.failures.values()))[0]
-        if distributed.rank() != 0:
-            return problem is None
-        if problem is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            return self._report_failure(final, problem)
+                error = next(iter(error.failures.values()))[0]
+            self.report(f"{final.name} was not written: {one_line(error)}; training continues, earlier ones are intact")
+            return False
         self._prune()
         seconds = time.perf_counter() - start
         self.report(f"checkpoint {final} written in {seconds:.2f} s, for {waited:.2f} s of which training waited")
         return True
 
-    def _report_failure(self, final, problem):
-        if distributed.rank() == 0:
-            self.report(
-                f"{final.name} was not written: {one_line(problem)}; training continues, earlier ones are intact"
-            )
-        return False
-
     def _prune(self):
         """Remove the checkpoints that are not to be kept."""
-        old = sorted(steps(self.output_dir))[: -self.keep_last] if self.keep_last else []
-        for step in old:
+        for step in sorted(steps(self.output_dir))[: -self.keep_last] if self.keep_last else ():
             if not self.keep_every or step % self.keep_every:
-                folder = self.output_dir / f"checkpoint-{step}"
-                removed = folder.with_name(f".{folder.name}.removed")  # never half a checkpoint
+                removed = self.output_dir / f".checkpoint-{step}.removed"  # never half a checkpoint
                 with contextlib.suppress(OSError):
-                    shutil.rmtree(folder.rename(removed))
-
-
-def _make_partial(final):
-    """Make the folder under whose name a checkpoint is written. Raise ValueError if that fails."""
-    partial = files.partial_name(final)
-    with named(partial):
-        partial.mkdir(parents=True)
-    return partial
+                    shutil.rmtree((self.output_dir / f"checkpoint-{step}").rename(removed))
 
 
 def _whole(model):
     """Return a copy of the whole state dict in rank 0's memory, gathered from all shards."""
-    copied = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    copied = dcp_state.get_model_state_dict(model, options=options)
     on_cpu = next(model.parameters()).device.type == "cpu"  # then it is the model's own memory, which will change
     return {key: value.clone() if on_cpu else value for key, value in copied.items()}
 
 
 def _sharded_state(model, optimizer, losses):
-    """Return what is written by torch.distributed.checkpoint, as this rank's shards."""
-    content = {"state": get_optimizer_state_dict(model, optimizer)["state"]}
-    for name, (module, loss_optimizer) in losses.items():
-        content[f"losses.{name}"] = {"weights": get_model_state_dict(module)}
-        if loss_optimizer is not None:
-            content[f"losses.{name}"]["state"] = get_optimizer_state_dict(module, loss_optimizer)["state"]
+    """Return what torch.distributed.checkpoint writes and reads, as this rank's shards."""
+    content = {"state": dcp_state.get_optimizer_state_dict(model, optimizer)["state"]}
+    for name, (module, its_optimizer) in losses.items():
+        part = content[f"losses.{name}"] = {"weights": dcp_state.get_model_state_dict(module)}
+        if its_optimizer is not None:
+            part["state"] = dcp_state.get_optimizer_state_dict(module, its_optimizer)["state"]
     return content
 
 
 def _write_manifest(folder):
     """Write the manifest. Raise ValueError if a file that another rank wrote is missing."""
     shards = dcp.FileSystemReader(folder / "optimizer").read_metadata().storage_data.values()
-    for name in {shard.relative_path for shard in shards}:
-        if not (folder / "optimizer" / name).is_file():
-            raise ValueError(f"{folder / 'optimizer' / name} is missing: all ranks must write to one storage")
+    for path in {folder / "optimizer" / shard.relative_path for shard in shards}:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: all ranks must write to one storage")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     entries = {path.relative_to(folder).as_posix(): files.manifest_entry(path) for path in paths}
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
 
 
 def check(folder, names=None):
-    """Raise ValueError naming the first file of a checkpoint that is missing or differs from the manifest.
-
-    Args:
-        names: the files to check; None: all that the manifest names.
-    """
+    """Raise ValueError naming the first of a checkpoint's files `names`, or of all, that is not as in the manifest."""
     folder = pathlib.Path(folder)
-    try:
+    with named(f"{folder / MANIFEST} is missing or damaged", (OSError, ValueError, KeyError, TypeError)):
         entries = json.loads((folder / MANIFEST).read_text())["files"]
         expected = {name: dict(entries[name]) for name in names or {*entries, *WHOLE_FILES}}
         problems = (files.problem_with(folder / name, entry) for name, entry in expected.items())
         problem = next(filter(None, problems), None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is missing or damaged ({error})") from error
     if problem:
         raise ValueError(problem)
 
@@ -210,11 +165,7 @@ def steps(output_dir):
 
 
 def find_latest(output_dir, names=None):
-    """Return (folder, problems): the newest intact checkpoint of a run, and a line for each newer, damaged one.
-
-    Args:
-        names: the files that must be intact; None: all.
-    """
+    """Return the newest folder that passes `check(folder, names)`, or None, and a line for each newer, damaged one."""
     problems = []
     for step in sorted(steps(output_dir), reverse=True):
         folder = pathlib.Path(output_dir) / f"checkpoint-{step}"
@@ -240,63 +191,46 @@ def read_state(folder):
 
 
 def load_training(folder, model, emas, optimizer, losses=None):
-    """Load weights, EMAs, optimizer state and auxiliary losses of a checkpoint; all ranks call it together.
+    """Load an intact checkpoint, which all ranks can read, into what `Writer.save` takes; all ranks call it together.
 
-    Args:
-        folder: an intact checkpoint (`check`), which all ranks can read.
-        model, emas, optimizer, losses: as for `Writer.save`, on any number of ranks, sharded or not.
-
-    Returns:
-        A line for each EMA or auxiliary loss that the checkpoint lacks: an EMA starts from the trained weights, a loss
-        keeps its initial weights.
-
-    Raises:
-        ValueError: the weights are of another model.
+    The number of ranks and sharding may differ. Return a line for each EMA that the checkpoint lacks, which starts
+    from the trained weights, and each loss, which keeps its initial weights. Raise ValueError if weights do not fit.
     """
-    rank, notes = distributed.rank(), []
-    weights = read_safetensors(folder / "model.safetensors") if rank == 0 else {}
-    place(model, weights, folder / "model.safetensors")
+    rank, path, notes, known = distributed.rank(), folder / "model.safetensors", [], {}
+    weights = read_safetensors(path) if rank == 0 else {}
+    place(model, weights, path)
     for name, ema in emas.items():
-        path = folder / f"{name}.pt"
-        if path.is_file():
-            place(ema, read_pt(path) if rank == 0 else {}, path)
+        ema_path = folder / f"{name}.pt"
+        if ema_path.is_file():
+            place(ema, read_pt(ema_path) if rank == 0 else {}, ema_path)
         else:
-            place(ema, weights, folder / "model.safetensors")
+            place(ema, weights, path)
             notes.append(f"the checkpoint has no EMA {name!r}: it starts from the trained weights")
     saved = dcp.FileSystemReader(folder / "optimizer").read_metadata().state_dict_metadata
-    losses, missing = dict(losses or {}), []
-    for name in list(losses):
-        if not any(key.startswith(f"losses.{name}.") for key in saved):
-            missing.append(name)
-            del losses[name]
-    notes += [f"the checkpoint has no loss {name!r}: it keeps its initial weights" for name in missing]
-    content = _sharded_state(model, optimizer, losses)  # in the shapes and shards of this run
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(content, checkpoint_id=folder / "optimizer")
-    _set_optimizer_state(model, optimizer, content["state"])
-    for name, (module, loss_optimizer) in losses.items():
-        set_model_state_dict(module, content[f"losses.{name}"]["weights"])
-        if loss_optimizer is not None:
-            _set_optimizer_state(module, loss_optimizer, content[f"losses.{name}"]["state"])
+    for name, loss in (losses or {}).items():
+        if any(key.startswith(f"losses.{name}.") for key in saved):
+            known[name] = loss
+        else:
+            notes.append(f"the checkpoint has no loss {name!r}: it keeps its initial weights")
+    content = _sharded_state(model, optimizer, known)  # in the shapes and shards of this run
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    dcp.load(content, checkpoint_id=folder / "optimizer")
+    for name, (module, _) in known.items():
+        dcp_state.set_model_state_dict(module, content[f"losses.{name}"]["weights"])
+    parts = [(content, model, optimizer), *((content[f"losses.{name}"], *loss) for name, loss in known.items())]
+    for part, module, its_optimizer in parts:
+        if its_optimizer is not None:  # learning rate and betas stay those of the flags
+            current = dcp_state.get_optimizer_state_dict(module, its_optimizer)
+            dcp_state.set_optimizer_state_dict(module, its_optimizer, current | {"state": part["state"]})
     return notes
 
 
-def _set_optimizer_state(model, optimizer, state):
-    """Give an optimizer this rank's shards of its state; learning rate and betas stay those of the flags."""
-    set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer) | {"state": state})
-
-
 def place(model, state_dict, source):
-    """Load rank 0's whole state dict into a model, sharded or not; other ranks' `state_dict` is ignored.
-
-    Raises:
-        ValueError: on every rank, naming `source`, if it does not fit.
-    """
+    """Load rank 0's whole state dict into a model, sharded or not. Raise ValueError on all ranks if it does not fit."""
     distributed.on_rank_zero(check_fit, model.state_dict(), state_dict, source)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     # A copy, because the library replaces the tensors of the dict by shards.
-    set_model_state_dict(model, dict(state_dict) if distributed.rank() == 0 else {}, options=options)
+    dcp_state.set_model_state_dict(model, dict(state_dict) if distributed.rank() == 0 else {}, options=options)
 
 
 def check_fit(expected, state_dict, source):
@@ -304,13 +238,97 @@ def check_fit(expected, state_dict, source):
     shapes = {key: tuple(value.shape) for key, value in expected.items()}
     given = {key: tuple(value.shape) for key, value in state_dict.items()}
     for key in shapes.keys() | given.keys():
-        if shapes.get(key) != given.get(key):
-            raise ValueError(
-                f"{source} does not fit the model: {key} is {given.get(key)}, and must be {shapes.get(key)}"
-            )
+        actual, wanted = given.get(key), shapes.get(key)
+        if actual != wanted:
+            raise ValueError(f"{source} does not fit the model: {key} is {actual}, and must be {wanted}")
 
 
 def load_into(model, state_dict, source):
     """Load a state dict into a model of this process. Raise ValueError, naming `source`, if it does not fit."""
     check_fit(model.state_dict(), state_dict, source)
     model.load_state_dict(state_dict)
+
+
+def read_safetensors(path):
+    """Return the tensors of a .safetensors file as a dict. Raise ValueError if it cannot be read."""
+    with named(f"{path} is not a readable .safetensors file", (safetensors.SafetensorError, OSError)):
+        return safetensors.torch.load_file(path)
+
+
+def read_pt(path):
+    """Return what `torch.save` wrote, on the CPU. Raise ValueError if it cannot be read or holds other objects."""
+    try:
+        # The official train.py stores its arguments as a Namespace, which is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; it was not loaded") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise ValueError(f"{path} is not a readable PyTorch file: {one_line(error, 200)}") from error
+
+
+@dataclasses.dataclass
+class Weights:
+    """A state dict with what is known about its training."""
+
+    state_dict: dict
+    config: dict  # 'model' (arguments of SiT), 'transport' (of create_transport) and 'latents', as far as known
+    own: bool  # whether it is of a checkpoint of train.py, whose config is complete
+    path: pathlib.Path
+
+
+def load_weights(path, ema="ema"):
+    """Load the weights at `path`, EMA weights where there are any. Raise ValueError if nothing readable is there.
+
+    `path` is a run folder (its latest checkpoint), a checkpoint folder, a .safetensors file, or a .pt file: a bare
+    state dict or the official code's {'model', 'ema', 'opt', 'args'}. `ema` is the name of the EMA in a folder.
+    """
+    path, names = pathlib.Path(path), [f"{ema}.pt", STATE_FILE]
+    if path.is_dir() and (path / STATE_FILE).is_file():
+        check(path, names)
+        path = path / f"{ema}.pt"
+    elif path.is_dir():
+        folder, problems = find_latest(path, names)
+        if folder is None:
+            nothing = f"no checkpoint in {path}: expected folders named checkpoint-STEP, or a {STATE_FILE}"
+            raise ValueError("; ".join(problems) or nothing)
+        for problem in problems:
+            warnings.warn(f"{problem}; using {folder}", stacklevel=2)
+        path = folder / f"{ema}.pt"
+    if not path.is_file():
+        raise ValueError(f"no such checkpoint: {path}; give a run or checkpoint folder, a .pt or a .safetensors file")
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path)
+    parts = content if isinstance(content, dict) else {}
+    weights = next((parts[key] for key in ("ema", "model", "state_dict") if isinstance(parts.get(key), dict)), parts)
+    if not weights or not all(isinstance(key, str) and isinstance(weights[key], torch.Tensor) for key in weights):
+        raise ValueError(f"{path} holds no state dict, neither bare nor under 'ema' or 'model'")
+    state_dict = {key.removeprefix("module."): value for key, value in weights.items()}
+    if (path.parent / STATE_FILE).is_file():
+        return Weights(state_dict, read_state(path.parent), True, path)
+    if "pos_embed" not in state_dict or "x_embedder.proj.weight" not in state_dict:
+        raise ValueError(f"{path} holds a state dict, but not of a SiT: pos_embed or x_embedder.proj.weight is missing")
+    arguments = vars(parts["args"]) if isinstance(parts.get("args"), argparse.Namespace) else {}
+    transport = {key: arguments[key] for key in TRANSPORT_KEYS if key in arguments}
+    latents = {key: arguments[key] for key in ("vae", "image_size") if key in arguments}
+    config = {"transport": transport, "latents": latents, "model_name": arguments.get("model")}
+    return Weights(state_dict, config, False, path)
+
+
+def model_config_from_shapes(state_dict):
+    """Return the arguments of SiT that the shapes of its weights determine. Raise ValueError if they are not a SiT's.
+
+    A null class is assumed, as in all released weights. num_heads is missing unless the width is one of `SIZES`.
+    """
+    try:
+        tokens, hidden_size = state_dict["pos_embed"].shape[1:]
+        in_channels, patch_size = state_dict["x_embedder.proj.weight"].shape[1:3]
+        input_size, outputs = math.isqrt(tokens) * patch_size, state_dict["final_layer.linear.weight"].shape[0]
+        config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size)
+        config["depth"] = 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks."))
+        config["mlp_ratio"] = state_dict["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size
+        config["num_classes"] = state_dict["y_embedder.embedding_table.weight"].shape[0] - 1
+        config["learn_sigma"] = outputs == 2 * in_channels * patch_size**2
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"the weights' names and shapes are not those of a SiT: {error}") from error
+    heads = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+    return config | ({"num_heads": heads[hidden_size]} if hidden_size in heads else {})

@@ -33,15 +33,16 @@ class Parser(argparse.ArgumentParser):
         for flag in (word.partition("=")[0] for word in argv if word.startswith("--")):
             if flag not in self._option_string_actions:
                 self.error(f"unknown flag {flag}{self._nearest(flag)}")
-        config = _value_of("--config", argv) if "--config" in self._option_string_actions else None
-        return super().parse_args([*(self._flags_of_config(config) if config else ()), *argv])
+        words = [part for word in argv for part in word.split("=", 1)]
+        configs = [value for flag, value in itertools.pairwise(words) if flag == "--config"]
+        return super().parse_args([*(self._words_of_config(configs[-1]) if configs else ()), *argv])
 
     def _nearest(self, flag):
         flags = [string for string in self._option_string_actions if string.startswith("--")]
         near = difflib.get_close_matches(flag, flags, n=3)
         return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"
 
-    def _flags_of_config(self, path):
+    def _words_of_config(self, path):
         """Return the keys of a YAML file as words of a command line."""
         try:
             content = yaml.safe_load(pathlib.Path(path).read_text()) or {}
@@ -73,17 +74,6 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
-def _value_of(flag, argv):
-    """Return the last value given to `flag` in argv, as '--flag value' or '--flag=value'; None if there is none."""
-    value = None
-    for word, following in itertools.zip_longest(argv, argv[1:]):
-        if word == flag:
-            value = following
-        elif word.startswith(flag + "="):
-            value = word.partition("=")[2]
-    return value
-
-
 @contextlib.contextmanager
 def user_errors(parser):
     """Context that reports a ValueError as the parser reports its own errors: one line, exit code 2."""
@@ -112,13 +102,10 @@ def integer(minimum):
     """Return an argparse type: an integer of at least `minimum`."""
 
     def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be an integer of {minimum} or more, not {text!r}")
-        return value
+        with contextlib.suppress(ValueError):
+            if int(text) >= minimum:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be an integer of {minimum} or more, not {text!r}")
 
     return parse
 
@@ -131,13 +118,11 @@ def number(minimum=-math.inf, below=math.inf, exclude_minimum=False, closed=None
     upper = f"{below})" if closed is None else f"{closed}]"
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (minimum <= value < below and math.isfinite(value)) or (exclude_minimum and value == minimum):
-            raise argparse.ArgumentTypeError(f"must be a number in {bracket}{minimum}, {upper}, not {text!r}")
-        return value
+            if minimum <= value < below and math.isfinite(value) and not (exclude_minimum and value == minimum):
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number in {bracket}{minimum}, {upper}, not {text!r}")
 
     return parse
 
@@ -156,20 +141,18 @@ def one_of(*choices):
 
 
 def flag_group(parser, title, description=None):
-    """Add a group of flags, and return `add(flag, parse, metavar, text, default=None)`, which adds a flag to it.
+    """Add a group of flags, and return `add`, which adds a flag to it, with the default behind the help `text`.
 
-    The help is `text` with the default behind it; where the default is None, `text` says what that means. `alias` is
-    another name of the flag. A flag whose `parse` is None takes no value: 'store_true', or as `action` says.
+    A flag whose `parse` is None takes no value: 'store_true', or as `action` says. `alias` is another name of it.
     """
     group = parser.add_argument_group(title, description)
 
     def add(flag, parse, metavar, text, default=None, alias=None, **more):
         names = [flag] if alias is None else [flag, alias]
         if parse is None and "action" not in more:
-            group.add_argument(*names, action="store_true", help=text, **more)
-            return
+            return group.add_argument(*names, action="store_true", help=text, **more)
         text = text if default is None else f"{text} (default: {default})"
-        group.add_argument(*names, type=parse, metavar=metavar, help=text, default=default, **more)
+        return group.add_argument(*names, type=parse, metavar=metavar, help=text, default=default, **more)
 
     return add
 

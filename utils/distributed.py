@@ -11,34 +11,28 @@ import warnings
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 # Streams of random numbers, so that epoch n and step n, with the same seed, draw different ones.
 ORDER_STREAM, STEP_STREAM = range(2)
-# How long a rank waits for the others. A rank that dies is noticed at once; this is for ranks that hang, and leaves
-# rank 0 time to write 50,000 images into one file.
+# How long a rank waits for one that hangs (one that dies is noticed at once) or writes 50,000 images into one file.
 TIMEOUT = datetime.timedelta(minutes=30)
 # DDP cuts a compiled model where a bucket is full. A block of SiT-XL is 91 MiB, which PyTorch's 25 would cut in four.
 DDP_BUCKET_MIB = 256
 
 
 def init():
-    """Join torchrun's process group, if there is one, and return this process's device.
-
-    The backend is NCCL for CUDA tensors and gloo for CPU tensors. The GPU is chosen by LOCAL_RANK: the global rank is
-    no device index on a second node.
-    """
+    """Join torchrun's process group, if there is one. Return the device: with GPUs, the one of this LOCAL_RANK."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
-    use_cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if use_cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"LOCAL_RANK is {local_rank}, and this process sees {torch.cuda.device_count()} GPUs")
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    use_cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if use_cuda:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"LOCAL_RANK is {local_rank}, and this process sees {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -52,17 +46,13 @@ def init():
 
 def _end_with_launcher(launcher):
     """End this process when torchrun is gone: a killed torchrun leaves ranks behind that write to the run's folder."""
-    while os.getppid() == launcher and not _is_init(launcher):
+    gone = False
+    if launcher == 1:  # torchrun itself in a container, else init, which adopts orphans
+        with contextlib.suppress(OSError):
+            gone = not pathlib.Path("/proc/1/comm").read_text().startswith(("python", "torchrun", "pt_"))
+    while os.getppid() == launcher and not gone:
         time.sleep(0.5)
     os._exit(1)
-
-
-def _is_init(pid):
-    """Return whether a process is init, which adopts orphans; in a container, process 1 can be torchrun itself."""
-    try:
-        return pid == 1 and not pathlib.Path("/proc/1/comm").read_text().startswith(("python", "torchrun", "pt_"))
-    except OSError:
-        return False
 
 
 def shutdown():
@@ -96,28 +86,22 @@ def all_reduce(tensor):
 
 def any_rank(flag):
     """Return, on every rank, whether `flag` is true on any. A CPU tensor is reduced, so no rank waits for its GPU."""
-    if not dist.is_initialized():
-        return flag
-    holder = torch.tensor(int(flag))
-    dist.all_reduce(holder, dist.ReduceOp.MAX)
-    return bool(holder)
+    return bool(all_reduce(torch.tensor(int(flag))))
 
 
 def broadcast(value):
     """Return rank 0's Python object on every rank."""
-    if not dist.is_initialized():
-        return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
 def gather(value):
     """Return a list of every rank's Python object, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -135,45 +119,29 @@ def on_rank_zero(function, *args):
     return result
 
 
-def side_group():
-    """Return a gloo process group of all ranks, for collectives of another thread; None without a process group."""
-    return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
-
-
 def mesh(device, shard_size):
-    """Return the mesh for `shard`: FSDP over groups of `shard_size` consecutive ranks, and replicas of groups (HSDP).
-
-    Args:
-        shard_size: None: one group of all ranks.
-
-    Raises:
-        ValueError: the ranks do not divide into groups of this size.
-    """
+    """Return the mesh for `shard`: FSDP over groups of `shard_size` consecutive ranks (None: all), and replicas."""
     shard_size = shard_size or world_size()
     if world_size() % shard_size:
         raise ValueError(f"--fsdp-shard-size {shard_size} does not divide the {world_size()} ranks")
     replicas = world_size() // shard_size
-    if replicas == 1:
-        return init_device_mesh(device.type, (shard_size,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicas, shard_size), mesh_dim_names=("replica", "shard"))
+    shape = {"shard": shard_size} if replicas == 1 else {"replica": replicas, "shard": shard_size}
+    return dist.init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
 def shard(model, mesh, dtype=torch.float32):
-    """Shard a module over ranks by FSDP2, in place. The weights of a block are gathered while it computes.
+    """Shard a module, which may be on the meta device, over the ranks of `mesh` by FSDP2, in place.
 
-    Args:
-        model: on any device, meta included. Modules in its `blocks`, if it has them, are gathered one by one.
-        mesh: from `mesh`.
-        dtype: of the gathered weights of blocks; the shards and the reduced gradients are float32.
+    Each module in its `blocks`, if it has them, is gathered while it computes, in `dtype`; all else is float32.
     """
     # FSDP2 warns of an output that is a view, lest it is changed in place; the model's is, and nothing changes it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    # The root's own weights, embeddings and final layer, stay float32, like the tensors between blocks under autocast.
-    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    high = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*getattr(model, "blocks", ()), model):
+        # The other weights, of embeddings and the final layer, stay float32, like the tensors between blocks.
+        param_dtype = torch.float32 if module is model else dtype
+        policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         # FSDP2 leaves the root gathered by default; an EMA that stayed gathered would be used stale.
-        fully_shard(module, mesh=mesh, mp_policy=high if module is model else low, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if hasattr(model, "forward_with_cfg"):
         register_fsdp_forward_method(model, "forward_with_cfg")
 
@@ -182,10 +150,8 @@ def replicate(model, device):
     """Wrap a model in DDP; return it as it is with one rank, or where nothing in it is trained."""
     if world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=DDP_BUCKET_MIB
-    )
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True, bucket_cap_mb=DDP_BUCKET_MIB)
 
 
 @contextlib.contextmanager
@@ -194,13 +160,12 @@ def accumulate(modules, is_last):
 
     Shards reduce them with each micro-batch: a rank has no room for whole gradients.
     """
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            if isinstance(module, FSDPModule):
-                module.set_requires_all_reduce(is_last)
-            elif isinstance(module, DistributedDataParallel) and not is_last:
-                stack.enter_context(module.no_sync())
-        yield
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(is_last)
+        elif isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = is_last  # as `no_sync` does
+    yield
 
 
 def local(tensors):
@@ -223,25 +188,18 @@ def like_parameter(value, parameter):
 
 
 class LateReader:
-    """Copies numbers from a GPU to the host one step late, so that the host never waits for the step just launched.
-
-    On a CPU the numbers are read at once.
-    """
+    """Copies numbers from a GPU to the host one step late, so that the host does not wait; from a CPU at once."""
 
     def __init__(self, device):
-        self.late = device.type == "cuda"
-        self.pending = []
+        self.late, self.pending = device.type == "cuda", []
 
     def push(self, step, values):
         """Begin to copy the tensor `values` of a step. Return [(step, numbers)] of the steps pushed before."""
         if not self.late:
             return [(step, values.tolist())]
         earlier = self.flush()
-        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        copy.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.pending.append((step, copy, event))
+        copy = values.to("cpu", non_blocking=True)  # pinned
+        self.pending.append((step, copy, torch.cuda.current_stream().record_event()))
         return earlier
 
     def flush(self):

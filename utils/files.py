@@ -1,7 +1,6 @@
 """Files that are either complete or absent: written under another name, flushed to the disk, then renamed."""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -31,19 +30,14 @@ def written_whole(path):
     partial = partial_name(path)
     try:
         yield partial
-        publish(partial, path)
+        for entry in (*partial.rglob("*"), partial):
+            _fsync(entry)
+        partial.rename(path)
+        _fsync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         raise
-
-
-def publish(partial, path):
-    """Flush a file or folder that was written under another name to the disk, and rename it to `path`."""
-    for entry in (*partial.rglob("*"), partial):
-        _fsync(entry)
-    partial.rename(path)
-    _fsync(path.parent)
 
 
 def _fsync(path):
@@ -88,67 +82,46 @@ def check_output(flag, path, inputs=()):
         raise ValueError(f"{flag} {path} is an input; it would be overwritten")
     with named(f"{flag} {path}"):
         partial_name(path).touch()
-        partial_name(path).unlink()
+        partial_name(path).unlink(missing_ok=True)  # another rank may check the same path
 
 
 def lock(folder, problem, patience=10):
     """Lock a folder until this process ends, by a lock on a file in it. Return the open file.
 
-    Args:
-        folder: it must exist.
-        problem: text of the error if another process holds the lock.
-        patience: seconds to wait for the other process, in which the ranks of a killed run can be expected to end.
-
-    Raises:
-        ValueError: another process holds the lock.
-        OSError: the folder cannot be written to.
+    Raise ValueError(problem) if another process still has the lock after `patience` seconds, in which the ranks of a
+    killed run can be expected to end, and OSError if the folder does not exist or cannot be written to.
     """
     file = open(folder / LOCK, "a+")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            # POSIX's lock, which worker processes do not inherit.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                break  # a file system without locks
-        if time.monotonic() > deadline:
-            raise ValueError(problem)
-        time.sleep(0.2)
     _locks.append(file)
-    return file
+    for _ in range(1 + int(patience / 0.2)):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX's lock, which worker processes do not inherit
+            return file
+        except (BlockingIOError, PermissionError):
+            time.sleep(0.2)
+        except OSError:
+            return file  # a file system without locks
+    raise ValueError(problem)
 
 
-class NpzWriter:
+class NpzWriter(zipfile.ZipFile):
     """Writes arrays into an .npz that `numpy.load` reads, batch by batch, so that no array is in memory as a whole."""
 
     def __init__(self, path):
-        self.archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.archive.close()
+        super().__init__(path, "w")
 
     def write_array(self, name, batches, length):
-        """Write one array of `length` rows from batches of rows, all of one dtype and shape.
-
-        Raises:
-            ValueError: the batches have another number of rows, or differ in dtype or shape.
-        """
-        with self.archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-            written = 0
+        """Write an array from batches of rows. Raise ValueError unless all `length` rows are of one dtype and shape."""
+        with self.open(f"{name}.npy", "w", force_zip64=True) as file:
+            kind, written = None, 0
             for batch in batches:
-                if written == 0:
-                    kind = batch.dtype, batch.shape[1:]
+                given = f"{batch.dtype} {batch.shape[1:]}"
+                if kind is None:
+                    kind = given
                     header = {"descr": batch.dtype.str, "fortran_order": False, "shape": (length, *batch.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
-                if (batch.dtype, batch.shape[1:]) != kind:
-                    raise ValueError(
-                        f"{name}: rows of {batch.dtype} {batch.shape[1:]} after rows of {kind[0]} {kind[1]}"
-                    )
+                if given != kind:
+                    raise ValueError(f"{name}: rows of {given} after rows of {kind}")
                 file.write(np.ascontiguousarray(batch).tobytes())
                 written += len(batch)
         if written != length:
@@ -172,10 +145,8 @@ def manifest_entry(path):
 def problem_with(path, entry):
     """Return a line that says what is wrong with a file, given its entry in a manifest; None if it is intact."""
     try:
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-            return f"{path} is damaged: its size or checksum is not the manifest's"
+        if path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]:
+            return None
+        return f"{path} is damaged: its size or checksum is not the manifest's"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    return None

@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
+from utils import files
+
 
 def to_uint8(images):
     """Return images (N, C, H, W) in [-1, 1] as uint8 (N, H, W, C) on the CPU, rounded to the nearest grey level."""
@@ -16,11 +18,8 @@ def check_grid_output(path):
     """Raise ValueError if a grid and its .json cannot be written to `path`, which --output named."""
     if path.suffix != ".png":
         raise ValueError(f"--output {path} must end in .png")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: the folder {path.parent} does not exist")
     for file in (path, path.with_suffix(".json")):
-        if file.is_dir():
-            raise ValueError(f"--output {path}: {file} is a folder")
+        files.check_output("--output", file)
 
 
 def save_grid(images, path, columns, min_side=64):

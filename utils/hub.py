@@ -1,5 +1,6 @@
 """Files from the Hugging Face hub and from URLs, and the released models' names."""
 
+import contextlib
 import hashlib
 import pathlib
 import re
@@ -10,6 +11,7 @@ import urllib.request
 import huggingface_hub
 import torch
 from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
 from utils import files
 from utils.errors import named
@@ -21,80 +23,46 @@ WEIGHTS_SUFFIXES = (".pt", ".safetensors")
 
 
 def require(what, url=None):
-    """Raise ValueError if the hub cannot be reached: its client would retry for half a minute and then say less.
-
-    Args:
-        what: what is to be fetched, for the message.
-        url: where it is; None: on the hub.
-    """
-    url = url or constants.ENDPOINT
+    """Raise ValueError that `what` cannot be fetched if its `url` (None: the hub) cannot be reached."""
+    # The hub's client would retry for half a minute, and then say less.
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"cannot fetch {what}: HF_HUB_OFFLINE is set, and it is not in the cache")
-    try:
+    url = url or constants.ENDPOINT
+    # An HTTPError is an answer: the request that follows will tell more.
+    with named(f"cannot fetch {what}: {url} cannot be reached"), contextlib.suppress(urllib.error.HTTPError):
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError:
-        return  # the server answers; the request itself will tell
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"cannot fetch {what}: {url} cannot be reached ({reason})") from error
-
-
-def list_files(repository):
-    """Return the names of all files of a model repository. Raise ValueError if it cannot be listed."""
-    require(repository)
-    with named(f"cannot list {repository} on the hub", Exception):  # the client's errors, and its HTTP library's
-        return huggingface_hub.list_repo_files(repository)
-
-
-def cached_files(repository):
-    """Return the names of a model repository's files that are in the hub's cache."""
-    try:
-        repositories = huggingface_hub.scan_cache_dir().repos
-    except huggingface_hub.errors.CacheNotFound:
-        return []
-    revisions = [revision for entry in repositories if entry.repo_id == repository for revision in entry.revisions]
-    return sorted({file.file_name for revision in revisions for file in revision.files})
-
-
-def fetch(repository, filename):
-    """Return the path of a file of a model repository, fetched into the cache unless it is there. Raise ValueError."""
-    cached = huggingface_hub.try_to_load_from_cache(repository, filename)
-    if isinstance(cached, str):
-        return cached
-    require(f"{filename} of {repository}")
-    with named(f"cannot fetch {filename} of {repository}", Exception):
-        return huggingface_hub.hf_hub_download(repository, filename)
 
 
 def resolve(name_or_path):
-    """Return the local path of weights, fetched once if they are not here.
+    """Return the local path of weights, fetched once. Raise ValueError if there are none, or they cannot be fetched.
 
-    Args:
-        name_or_path: a path (see `weights.load_weights`); a released model, as 'SiT-XL/2-256', 'SiT-XL-2-256x256.pt'
-            or a file's name in the repository; or an http(s) URL, with '#sha256=HEX' at its end to have it verified.
-
-    Raises:
-        ValueError: nothing is there, or it cannot be fetched.
+    `name_or_path` is a path; a released model, as 'SiT-XL/2-256', 'SiT-XL-2-256x256.pt' or a file's name in the
+    repository; or an http(s) URL, with '#sha256=HEX' at its end to have it verified.
     """
-    name = str(name_or_path)
+    name, repository = str(name_or_path), RELEASED_REPOSITORY
     if pathlib.Path(name).exists():
         return pathlib.Path(name)
     if name.startswith(("https://", "http://")):
         return fetch_url(name)
     if _released_name(name) is None:
-        raise ValueError(
-            f"no such checkpoint: {name}; give a path (run folder, checkpoint folder, .pt, .safetensors), a URL, "
-            "or a released model such as SiT-XL-2-256x256.pt"
-        )
-    matches = match_released(name, cached_files(RELEASED_REPOSITORY))
+        allowed = "a path (run folder, checkpoint folder, .pt, .safetensors), a URL, or a released model"
+        raise ValueError(f"no such checkpoint: {name}; give {allowed} such as SiT-XL-2-256x256.pt")
+    cache = pathlib.Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
+    paths = sorted(cache.glob("snapshots/*/*"), key=lambda path: path.parent.stat().st_mtime)
+    cached = {path.name: path for path in paths if path.is_file()}  # from the newest snapshot
+    matches = match_released(name, cached)
+    if len(matches) == 1:
+        return cached[matches[0]]
+    require(repository)
+    with named(f"cannot list {repository} on the hub", Exception):  # the client's errors, and its HTTP library's
+        listing = huggingface_hub.list_repo_files(repository)
+    matches = match_released(name, listing)
     if len(matches) != 1:
-        listing = list_files(RELEASED_REPOSITORY)
-        matches = match_released(name, listing)
-        if len(matches) != 1:
-            problem = "several files fit" if matches else "no file fits"
-            names = matches or [file for file in listing if file.endswith(WEIGHTS_SUFFIXES)]
-            raise ValueError(f"{name}: {problem} in {RELEASED_REPOSITORY}; name one of {', '.join(names)}")
-    return pathlib.Path(fetch(RELEASED_REPOSITORY, matches[0]))
+        problem = "several files fit" if matches else "no file fits"
+        names = matches or [file for file in listing if file.endswith(WEIGHTS_SUFFIXES)]
+        raise ValueError(f"{name}: {problem} in {repository}; name one of {', '.join(names)}")
+    with named(f"cannot fetch {matches[0]} of {repository}", Exception):
+        return pathlib.Path(huggingface_hub.hf_hub_download(repository, matches[0]))
 
 
 def _released_name(name):
@@ -105,11 +73,9 @@ def _released_name(name):
 
 def match_released(name, listing):
     """Return the files of `listing` that `name` means: the file of that very name, or all of its model and size."""
-    if name in listing:
-        return [name]
-    return [
-        file for file in listing if file.endswith(WEIGHTS_SUFFIXES) and _released_name(file) == _released_name(name)
-    ]
+    model = _released_name(name)
+    matches = [file for file in listing if file.endswith(WEIGHTS_SUFFIXES) and _released_name(file) == model]
+    return [name] if name in listing else matches
 
 
 def fetch_url(url):

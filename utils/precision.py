@@ -7,20 +7,16 @@ import torch
 # The dtype of the blocks' weights and products. In training, weights, times, noise and losses are float32 in any case.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
-# Tokens up to which a CPU is faster without the fused kernel of attention; timed on one CPU with bf16 instructions.
+# Tokens up to which two plain products are faster on a CPU than the fused kernel of attention, which stores no (T, T)
+# weights: timed on one CPU with bf16 instructions by benchmarks/kernel_speed.py.
 MOST_TOKENS_OF_PLAIN_ATTENTION = {"fp32": 32, "bf16": 512}
 
 
 def resolve_precision(precision, device, on_gpu):
-    """Return the precision to compute in, 'fp32', 'tf32' or 'bf16', and set how PyTorch multiplies float32 matrices.
+    """Return the precision to compute in, one of DTYPES, and set how PyTorch multiplies float32 matrices.
 
-    With bf16, a GPU uses TF32 for products that stay float32, such as an autoencoder's, as in the official scripts.
-
-    Args:
-        precision: one of DTYPES; None: fp32 on a CPU, `on_gpu` on a GPU, or fp32 if that is bf16 and the GPU lacks it.
-
-    Raises:
-        ValueError: tf32 on a CPU.
+    None is fp32 on a CPU, and `on_gpu` on a GPU, or fp32 if that is bf16 and the GPU lacks it. With bf16, products
+    that stay float32, such as an autoencoder's, use TF32. Raise ValueError for tf32 on a CPU.
     """
     if device.type != "cuda":
         if precision == "tf32":
@@ -56,11 +52,7 @@ def autocast(device, precision):
 
 
 def choose_attention(model, device, precision):
-    """Set a model to its fastest attention, in place; the results differ by rounding.
-
-    PyTorch's fused kernel stores no (T, T) weights. For few tokens on a CPU two plain products are faster
-    (benchmarks/kernel_speed.py).
-    """
+    """Set a model to its fastest attention, in place; the results differ by rounding."""
     plain = device.type == "cpu" and model.x_embedder.num_patches <= MOST_TOKENS_OF_PLAIN_ATTENTION[precision]
     for block in model.blocks:
         block.attn.fused_attn = not plain
@@ -69,8 +61,8 @@ def choose_attention(model, device, precision):
 def compile_training(model, parallel):
     """Compile the forward pass as one graph, in place; under FSDP block by block, so that gathering is not traced.
 
-    `fullgraph` makes a graph break an error. The label embedding is not compiled: threads would sum its gradient in an
-    order that varies, and a resumed run would not end with the same bytes.
+    The label embedding is not compiled: threads would sum its gradient in an order that varies, and a resumed run
+    would not end with the same bytes.
     """
     if parallel == "fsdp":
         for block in model.blocks:
@@ -82,8 +74,8 @@ def compile_training(model, parallel):
 def prepare_inference(model, device, precision, compiled):
     """Convert the blocks of a model that is not trained to `precision`, and compile its forward pass, in place.
 
-    Call the model under `autocast`. On a GPU the compiled forward pass is recorded as CUDA graphs, one for each batch
-    size; the next call overwrites their output.
+    Call the model under `autocast`. On a GPU the compiled pass is recorded as CUDA graphs, one for each batch size;
+    the next call overwrites their output.
     """
     choose_attention(model, device, precision)
     model.blocks.to(DTYPES[precision])

@@ -1,0 +1,109 @@
+"""Draw the README's diagrams from runs on the digits, one for each path; start it in the repository's folder.
+
+    for P in Linear GVP VP; do python train.py --config configs/digits.yaml --path-type $P --output-dir results/$P; done
+    python -m visuals.diagrams results/Linear results/GVP results/VP
+
+visuals/paths.png shows alpha and sigma of each path, and the loss of its velocity model over t. The targets differ, so
+losses of two paths do not compare. visuals/trajectories.png shows digits along an ODE and an SDE of the first run.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import torch
+from matplotlib import pyplot
+from torch.nn.functional import pad
+
+from sampling.draw import ImageNoise, SampleSettings
+from sampling.guidance import Network
+from sampling.pipeline import load_pipeline
+from transport import PATHS
+from utils.command_line import Parser, user_errors
+
+FOLDER = pathlib.Path(__file__).parent
+CLASSES, CFG_SCALE = (2, 3, 5), 1.5
+SOLVERS = {
+    "ODE": dict(sampling_method="heun2", num_steps=101),
+    "SDE": dict(diffusion_form="sigma", last_step_size=0.04, num_steps=97),
+}
+SHOWN = (*range(0, 97, 12), -1)  # of the states of both, at t = 0, 0.01 ... 0.96 and 1
+
+
+def loss_over_time(run):
+    """Return the mean loss in each bin of t, over the second half of a run."""
+    lines = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return np.mean([line["loss_by_time"] for line in lines[len(lines) // 2 :]], axis=0)
+
+
+def draw_paths(paths, losses):
+    """Draw visuals/paths.png from lists of paths and of their losses in each bin of t."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", facecolor="white")
+    t, names = torch.linspace(0, 1, 201, dtype=torch.float64), {kind: name for name, kind in PATHS.items()}
+    for i, (path, loss) in enumerate(zip(paths, losses, strict=True)):
+        left.plot(t, path.alpha(t), color=f"C{i}")
+        left.plot(t, path.sigma(t), color=f"C{i}", linestyle="--")
+        right.plot((np.arange(len(loss)) + 0.5) / len(loss), loss, color=f"C{i}", marker="o", label=names[type(path)])
+    left.plot([], [], color="grey", label="α(t), of the data $x_1$")
+    left.plot([], [], color="grey", linestyle="--", label="σ(t), of the noise $x_0$")
+    left.set(title="$x_t = α(t)\\, x_1 + σ(t)\\, x_0$", ylim=(-0.02, 1.2))
+    left.legend(ncols=2, loc="upper center", frameon=False)
+    right.set(title="loss of velocity models over t, digits", yscale="log")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set(xlabel="t (0: noise, 1: data)", xlim=(0, 1))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(FOLDER / "paths.png", dpi=110)
+
+
+@torch.no_grad()
+def trajectory(pipeline, mode):
+    """Return (times, images (2, S, N, H, W)): x_t of each class, and the data that the model predicts from it."""
+    settings = SampleSettings(mode, SOLVERS[mode] | {"trajectory": True}, CFG_SCALE)
+    rule, network, transport = settings.rule(channels=None), Network(pipeline), pipeline.transport
+    y, noise = torch.tensor(CLASSES), ImageNoise(settings.seed, CLASSES, pipeline.device)
+
+    def model(x, t):
+        return rule(network, x, t[:1], y)
+
+    def predicted_data(x, t):
+        t = torch.tensor([t])
+        velocity = transport.velocity(model(x, t), x, t)
+        return (transport.path.sigma(t) * velocity - transport.path.d_sigma(t) * x) / transport.path.wronskian(t)
+
+    x0, sample = noise.draw(pipeline.latent_shape), settings.sampler(transport, noise)
+    states, times = sample(x0, model)[list(SHOWN)], [i / 100 for i in SHOWN[:-1]]
+    predicted = [predicted_data(x, t) for x, t in zip(states[:-1], times, strict=True)]
+    return [*times, 1.0], torch.stack([states, torch.stack([*predicted, states[-1]])])[:, :, :, 0].cpu()
+
+
+def draw_trajectories(pipeline):
+    """Draw visuals/trajectories.png: an ODE and an SDE side by side, two rows for each class."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 3.7), layout="constrained", facecolor="white", sharey=True)
+    for ax, mode in zip(axes, SOLVERS, strict=True):
+        times, images = trajectory(pipeline, mode)
+        tiles = pad(images.clamp(-1, 1), (0, 1, 0, 1), value=1.0).permute(2, 0, 3, 1, 4)  # (N, 2, H + 1, S, W + 1)
+        side = tiles.shape[-1]
+        mosaic = pad(tiles.flatten(3).flatten(1, 2), (0, 0, 0, 2), value=1.0)  # (N, 2 (H + 1) + 2, S (W + 1))
+        ax.imshow(mosaic.flatten(0, 1)[:-2], cmap="gray", vmin=-1, vmax=1)
+        centres = side * np.arange(len(times)) + side / 2 - 1
+        rows = [n * mosaic.shape[1] + side * (k + 0.5) - 1 for n in range(len(CLASSES)) for k in range(2)]
+        ax.set(title=mode, xlabel="t (0: noise, 1: data)", xticks=centres, xticklabels=[f"{t:g}" for t in times])
+        ax.set(yticks=rows, yticklabels=["$x_t$", "predicted $x_1$"] * len(CLASSES))
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    figure.savefig(FOLDER / "trajectories.png", dpi=110)
+
+
+def main():
+    parser = Parser("Draw visuals/paths.png and visuals/trajectories.png.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run on the digits that predicts velocities")
+    runs = parser.parse_args().runs
+    with user_errors(parser):
+        pipelines = [load_pipeline(run, torch.device("cpu")) for run in runs]
+    draw_paths([pipeline.transport.path for pipeline in pipelines], [loss_over_time(run) for run in runs])
+    draw_trajectories(pipelines[0])
+
+
+if __name__ == "__main__":
+    main()
