@@ -1,4 +1,4 @@
-# make demo   sets up, trains a small SiT on handwritten digits, writes a picture of samples and says how good they are
+# make demo   sets up, trains a small SiT on handwritten digits, writes a picture of samples, prints metrics
 # make test   sets up and runs the tests
 # Both need Python 3.10 or newer and make, and put everything they install into .venv.
 
@@ -17,7 +17,7 @@ test: setup
 
 setup: $(VENV)/installed
 
-# The stamp is written last, so that an interrupted installation is taken up again.
+# The stamp is written last: after an interruption, make installs again.
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip

@@ -3,8 +3,7 @@
 - recognised: the share of samples that a classifier of real digits assigns to their class; beside it, that of real
   digits that the classifier was not trained on.
 - Fréchet distance of pixels to real digits, which grows when samples lack variety, however well each is recognised;
-  beside it, those of other real digits and of total collapse, one image per class.
-"""
+  beside it, those of other real digits and of total collapse, one image per class."""
 
 import pathlib
 

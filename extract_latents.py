@@ -6,8 +6,7 @@
 
 Write shards (safetensors) with the posterior's mean and standard deviation of every image and of its mirror image, and
 a manifest. Training samples the posterior anew in each epoch, as it does with the autoencoder in the loop. The same
-command continues an extraction that was stopped; neither that nor the number of processes changes what is written.
-"""
+command continues an extraction that was stopped; neither that nor the number of processes changes what is written."""
 
 import itertools
 import os
@@ -110,8 +109,7 @@ def open_autoencoder(vae, precision, image_size, device):
 def encode(space, batch, dtype, keep_images):
     """Return a batch's good examples as a part of a shard: "labels" is (N,) int64, "images" uint8 (N, 3, H, W).
 
-    "moments" is (N, 2, 2, C, h, w): of the image and of its mirror image, mean and standard deviation.
-    """
+    "moments" is (N, 2, 2, C, h, w): of the image and of its mirror image, mean and standard deviation."""
     good = torch.tensor([not lines for lines in batch["problems"]])
     images = batch["images"].to(space.device)
     moments = torch.stack([space.moments(images), space.moments(images.flip(-1))], dim=1).cpu()

@@ -4,8 +4,7 @@
 
 In pixel space, each of the 256 grey levels gets uniform noise of its width (dequantization), and the density is taken
 on the scale [0, 255], so that it bounds the bits of a lossless code. In a latent space, these are bits per latent
-dimension, which are comparable within one VAE only.
-"""
+dimension, which are comparable within one VAE only."""
 
 import math
 import pathlib
@@ -105,8 +104,7 @@ def open_examples(source, pipeline, name):
 def bits_of_examples(batch, indices, pipeline, solver, seed):
     """Return the bits per dimension of the good examples of a batch; `indices` (N,) and `seed` decide noise and probes.
 
-    `solver` is keyword arguments of `Sampler.sample_ode_likelihood`. Raise ValueError if a likelihood is not finite.
-    """
+    `solver` is keyword arguments of `Sampler.sample_ode_likelihood`. Raise ValueError if a likelihood is not finite."""
     good = [row for row, problems in enumerate(batch["problems"]) if not problems]
     if not good:
         return []

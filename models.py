@@ -1,7 +1,6 @@
 """SiT (Ma et al. 2024): the DiT transformer (Peebles & Xie 2023) as velocity, noise or score network of an interpolant.
 
-Shapes: N images, C channels, H = W = input_size, T = (H / patch_size)^2 tokens, D = hidden_size.
-"""
+Shapes: N images, C channels, H = W = input_size, T = (H / patch_size)^2 tokens, D = hidden_size."""
 
 import functools
 import math
@@ -22,11 +21,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size, frequency_embedding_size=256):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
+        linear = nn.Linear(frequency_embedding_size, hidden_size)
+        self.mlp = nn.Sequential(linear, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.frequency_embedding_size = frequency_embedding_size
 
     @staticmethod
@@ -44,16 +40,12 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embed class labels (N,) as vectors (N, D), and drop labels for classifier-free guidance.
-
-    A dropped label becomes the null class, which has the index `num_classes` and a row if dropout_prob > 0.
-    """
+    """Embed class labels (N,) as vectors (N, D), and drop some: they become the null class, the index `num_classes`."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
 
     def forward(self, labels, force_drop_ids=None):
         """Drop the labels where `force_drop_ids` (N,) is True; None: at random in training, none in evaluation."""
@@ -72,11 +64,8 @@ class SiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(
-            in_features=hidden_size,
-            hidden_features=int(hidden_size * mlp_ratio),
-            act_layer=functools.partial(nn.GELU, approximate="tanh"),
-        )
+        gelu = functools.partial(nn.GELU, approximate="tanh")
+        self.mlp = Mlp(hidden_size, hidden_features=int(hidden_size * mlp_ratio), act_layer=gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
@@ -120,8 +109,7 @@ class SiT(nn.Module):
         num_classes: number of classes; the null class is the index after the last.
         learn_sigma: predict twice the channels and discard the second half, as the released ImageNet models do.
 
-    Raise ValueError if sizes do not fit each other.
-    """
+    Raise ValueError if sizes do not fit each other."""
 
     def __init__(
         self,
@@ -152,11 +140,8 @@ class SiT(nn.Module):
         if not 0 <= class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1), not {class_dropout_prob}")
 
-        self.input_size = input_size
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.learn_sigma = learn_sigma
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.learn_sigma = num_classes, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         # True: training stores no activations inside blocks, and computes them again in the backward pass.
         self.grad_checkpoint = False
@@ -211,8 +196,7 @@ class SiT(nn.Module):
             force_drop_ids: (N,) bool, labels to replace by the null class; None: at random, in training mode alone.
             hidden_blocks: indices of blocks, in [0, depth), whose output is wanted too, for losses on hidden states.
 
-        Return (N, in_channels, H, W); with `hidden_blocks`, that and a list of (N, T, D), one for each of them.
-        """
+        Return (N, in_channels, H, W); with `hidden_blocks`, that and a list of (N, T, D), one for each of them."""
         return self.forward_embedded(x, t, self.y_embedder(y, force_drop_ids), hidden_blocks)
 
     def forward_embedded(self, x, t, labels, hidden_blocks=()):
@@ -238,8 +222,7 @@ class SiT(nn.Module):
         Ho & Salimans (2022), with their w = cfg_scale - 1. x is (2N, C, H, W), of which the first half is used twice; t
         (2N,) or (1,); y (2N,), N classes and N times the null class. The leading `guided_channels` (None: all) are
         guided, 3 as the released models were sampled; the rest is as predicted for each half. Return (2N, C, H, W): the
-        guided prediction, twice.
-        """
+        guided prediction, twice."""
         half = x[: len(x) // 2]
         output = self.forward(torch.cat([half, half]), t, y).to(x.dtype)  # a difference that bf16 would round
         guided_channels = self.in_channels if guided_channels is None else guided_channels
@@ -252,8 +235,7 @@ class SiT(nn.Module):
 def sincos_position_embedding(dim, grid_size):
     """Return the fixed 2-D sine-cosine position embedding (grid_size^2, dim), row by row (He et al. 2022, MAE).
 
-    The first half of the channels encodes the column, the second the row; each half is sines, then cosines.
-    """
+    The first half of the channels encodes the column, the second the row; each half is sines, then cosines."""
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid_size, dim / 4)
     one_axis = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)  # (grid_size, dim / 2)

@@ -5,7 +5,7 @@ import pathlib
 
 from sampling import flags
 from sampling.draw import decode, describe, draw, resolve_settings, summary
-from sampling.pipeline import check_labels, default_labels, load_pipeline
+from sampling.pipeline import default_labels, load_pipeline
 from utils import distributed, files
 from utils.command_line import Parser, flag_group, given, integer, user_errors
 from utils.grids import check_grid_output, save_grid
@@ -14,11 +14,7 @@ from utils.precision import resolve_precision
 
 def build_parser():
     parser = Parser("Draw a grid of images from a SiT.")
-    flags.add_weights_flags(parser)
-    flags.add_transport_flags(parser, from_checkpoint=True)
-    flags.add_solver_flags(parser)
-    flags.add_guidance_flags(parser)
-    flags.add_speed_flags(parser)
+    flags.add_sampling_flags(parser)
     add = flag_group(parser, "images")
     add("--class-labels", integer(0), "LABEL", "classes (default: eight of ImageNet's, or the first ten)", nargs="+")
     add("--samples-per-class", integer(1), "N", "images of each label", default=1)
@@ -43,7 +39,9 @@ def main():
         weights = given(args, flags.WEIGHTS_FLAGS)
         pipeline = load_pipeline(args.ckpt, device, args.guided_channels, args.vae_precision, **weights)
         labels = args.class_labels or default_labels(pipeline.model.num_classes)
-        check_labels(labels, pipeline.model.num_classes)
+        if max(labels) >= pipeline.model.num_classes:
+            most = pipeline.model.num_classes - 1
+            raise ValueError(f"class label {max(labels)} is out of range: the model's are 0 to {most}")
         settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.seed)
 
     # Draw, and write the grid and its settings.

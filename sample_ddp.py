@@ -3,8 +3,7 @@
     torchrun --nproc_per_node=8 sample_ddp.py SDE --ckpt runs/xl --cfg-scale 1.5 --output samples/xl.npz
     python evaluate.py samples/xl.npz --reference VIRTUAL_imagenet256_labeled.npz
 
-Image i depends on (seed, i) alone. Stopped and typed again, the same command draws the missing images.
-"""
+Image i depends on (seed, i) alone. Stopped and typed again, the same command draws the missing images."""
 
 import pathlib
 import time
@@ -19,7 +18,7 @@ from sampling.pipeline import load_pipeline
 from sampling.shards import Shards, background
 from utils import distributed
 from utils.command_line import Parser, flag_group, flag_name, given, integer, one_of, user_errors
-from utils.errors import named
+from utils.files import named
 from utils.precision import resolve_precision
 
 # The settings of the paper's tables for SiT-XL/2 at 256x256, at 250 NFE; the ODE's Heun is torchdiffeq's heun2, two
@@ -39,11 +38,7 @@ PAPER_COUNT = 50_000
 
 def build_parser():
     parser = Parser("Draw many samples of a SiT into one .npz for evaluation.")
-    flags.add_weights_flags(parser)
-    flags.add_transport_flags(parser, from_checkpoint=True)
-    flags.add_solver_flags(parser)
-    flags.add_guidance_flags(parser)
-    flags.add_speed_flags(parser)
+    flags.add_sampling_flags(parser)
     add = flag_group(parser, "images")
     add("--num-fid-samples", integer(1), "N", "images to draw", default=50_000)
     add("--per-proc-batch-size", integer(1), "N", "images at a time, per rank", default=32)
@@ -77,7 +72,9 @@ def main():
         identity = describe(pipeline, settings) | digests | dict(vae_precision=args.vae_precision)
         identity |= dict(balanced_labels=args.balanced_labels, num_fid_samples=count)
         ckpt = args.ckpt or f"{args.model or 'SiT-XL/2'}-{args.image_size or 256}".replace("/", "-")
-        output = args.output or args.sample_dir / default_name(ckpt, identity)
+        solver_text = f"{mode}-{solver['sampling_method']}-{solver['num_steps']}-cfg-{settings.cfg_scale:g}"
+        name = f"{pathlib.Path(ckpt).name or 'model'}-{solver_text}-seed-{args.global_seed}-{count}.npz"
+        output = args.output or args.sample_dir / name
         shards = Shards(output, count, pipeline.image_shape)
         complete = distributed.on_rank_zero(shards.prepare, identity, args.save_png)
         if args.save_png:
@@ -135,9 +132,9 @@ def write_existing_pngs(shards):
         if shards.output.exists():
             for i, images in enumerate(ImageBatches(shards.output).batches(256)):
                 shards.write_pngs(images, 256 * i)
-        else:
-            for (begin, _), path in shards.intact().items():
-                shards.write_pngs(np.load(path, allow_pickle=False), begin)
+            return
+        for (begin, _), path in shards.intact().items():
+            shards.write_pngs(np.load(path, allow_pickle=False), begin)
 
 
 def protocol_settings(protocol, given):
@@ -157,13 +154,6 @@ def paper_row(protocol, model_config, count):
     if count != PAPER_COUNT or any(model_config[key] != value for key, value in PAPER_MODEL.items()):
         line += f"; these samples do not compare with it: they are not {PAPER_COUNT} of that model"
     return line
-
-
-def default_name(ckpt, identity):
-    """Return a file name that holds the settings that people compare."""
-    d = identity
-    steps = f"{d['sampling_method']}-{d['num_steps']}-cfg-{d['cfg_scale']:g}-seed-{d['seed']}-{d['num_fid_samples']}"
-    return f"{pathlib.Path(ckpt).name or 'model'}-{d['mode']}-{steps}.npz"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Train a SiT.
 
 python train.py --config configs/digits.yaml
-torchrun --nproc_per_node=8 train.py --model SiT-XL/2 --data-path /data/imagenet/train
-"""
+torchrun --nproc_per_node=8 train.py --model SiT-XL/2 --data-path /data/imagenet/train"""
 
 import argparse
 import math
@@ -17,8 +16,7 @@ from data.images import ImageDataset
 from data.loader import GlobalBatchSampler
 from data.sources import DATA_FLAGS, Source, add_data_flags
 from evaluation.images import ImageBatches
-from evaluation.metrics import MOST_PIXELS, MOST_REFERENCES
-from evaluation.monitor import Monitor
+from evaluation.metrics import MOST_PIXELS, MOST_REFERENCES, Monitor
 from models import SiT, SiT_models
 from sampling.draw import SampleSettings, draw_labels, generate
 from sampling.flags import ODE_DEFAULTS, add_transport_flags
@@ -29,7 +27,7 @@ from training.step import EMA, Trainer, batches_on_device, draw_randomness, lear
 from transport import create_transport, logit_normal
 from utils import checkpoint, command_line, distributed
 from utils.checkpoint import TRANSPORT_KEYS
-from utils.command_line import Parser, add_config_flag, flag_group, given, integer, number, one_of, plain
+from utils.command_line import Parser, flag_group, given, integer, number, one_of, plain
 from utils.grids import to_uint8
 from utils.precision import DTYPES, resolve_precision
 
@@ -41,8 +39,7 @@ COUNTS = ("bad_steps", "bad_in_a_row", "bad_images")  # in trainer_state.json
 
 
 def build_parser():
-    parser = Parser("Train a SiT on one CPU or GPU, or with torchrun on many.")
-    add_config_flag(parser)
+    parser = Parser("Train a SiT on one CPU or GPU, or with torchrun on many.", with_config=True)
     add = add_data_flags(parser)
     add("--horizontal-flip", None, None, "mirror images at random (default: yes, but not digits)", action=YES_OR_NO)
     add_model_flags(parser)
@@ -131,8 +128,7 @@ def add_run_flags(parser):
 def main(loss_builders=(), extra_emas=()):
     """Train as the command line says.
 
-    `loss_builders` are functions of the model that return an `AuxiliaryLoss`; `extra_emas` are `EMA`s.
-    """
+    `loss_builders` are functions of the model that return an `AuxiliaryLoss`; `extra_emas` are `EMA`s."""
     # Check the flags against each other, the data and the machine, before anything is written.
     parser = build_parser()
     args = parser.parse_args()
@@ -204,7 +200,7 @@ def main(loss_builders=(), extra_emas=()):
     for line in setup.opening_lines(output_dir, start, notes, config, source, resume.changed_flags(flags, start), text):
         run_log.line(line)
     writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, run_log.line)
-    stop = resume.StopRequest()
+    signals = resume.catch_stop_signals()
     finite = resume.FiniteCheck(device, args.max_bad_steps, state["bad_steps"], state["bad_in_a_row"], run_log.line)
     metrics, meter = log.Metrics(device, state["window"]), log.Meter(config["model"], device, precision)
     left_out = log.LeftOut(state["bad_images"], args.skip_bad_images, [] if start.step else source.left_out)
@@ -243,7 +239,7 @@ def main(loss_builders=(), extra_emas=()):
         # Read, one step late on a GPU, whether it was finite, and whether a signal asks to stop.
         done, samples_seen = step + 1, samples_seen + args.global_batch_size
         meter.images += args.global_batch_size
-        is_last, stopping = done == max_steps, distributed.any_rank(stop.signal is not None)
+        is_last, stopping = done == max_steps, distributed.any_rank(bool(signals))
         # The last good checkpoint is kept while steps in a row are not finite.
         saves = (done % args.ckpt_every == 0 and not finite.in_a_row) or is_last or stopping
         logs = done % args.log_every == 0 or is_last
@@ -277,7 +273,7 @@ def main(loss_builders=(), extra_emas=()):
             if args.eval_every and done % args.eval_every == 0:
                 run_log.evaluation(done, monitor.metrics(draw_share(ema_pipeline, args.eval_samples, args.global_seed)))
         if stopping:
-            name = stop.signal.name if stop.signal else "a signal to another rank"
+            name = signals[0] if signals else "a signal to another rank"
             run_log.line(f"{name}: stopping at step {done}; the same command resumes the run")
             break
 
@@ -312,9 +308,8 @@ def draw_share(pipeline, count, seed):
 def open_monitor(config, source, reference, weights, device, eval_every):
     """Return the `Monitor` of --eval-every; None without it. Raise ValueError if it has no suitable reference."""
     if not eval_every:
-        for flag, value in (("--eval-reference", reference), ("--inception-weights", weights)):
-            if value is not None:
-                raise ValueError(f"{flag} has no effect without --eval-every")
+        if reference is not None or weights is not None:
+            raise ValueError("--eval-reference and --inception-weights have no effect without --eval-every")
         return None
     size, channels = config["latents"]["image_size"], config["latents"]["channels"]
     shape = (size, size, channels if config["latents"]["vae"] == "none" else 3)

@@ -1,8 +1,7 @@
 """The space that the network works in: an autoencoder's latents, scaled and shifted to unit variance, or pixels.
 
 Images are float tensors (N, 3, H, W) in [-1, 1]; in pixel space they have the channels of the data. Scale and shift are
-applied in this file alone.
-"""
+applied in this file alone."""
 
 import math
 import os
@@ -11,7 +10,7 @@ import warnings
 import torch
 
 from utils import hub
-from utils.errors import named
+from utils.files import named
 
 RELEASED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 RELEASED_GEOMETRY = (8, 4)  # downsampling and channels, so that sizes can be checked without network access
@@ -36,8 +35,7 @@ class LatentSpace:
 
     `vae` is 'ema', 'mse', a hub name, or a folder that `save_pretrained` wrote. It runs on `device` in `dtype`; inputs
     and outputs are float32. If `scale` and `shift` are given, as in its config, it is loaded at its first use: training
-    on cached latents needs it to decode alone.
-    """
+    on cached latents needs it to decode alone."""
 
     in_pixels = False
 

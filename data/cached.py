@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import Dataset
 
 from utils import files
-from utils.errors import named
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 SIZES = ("image_size", "channels", "latent_size", "num_classes")  # keys of a manifest that are positive integers
@@ -23,14 +22,14 @@ class CachedLatents(Dataset):
     The key of an item is (index, flip), as for `ImageDataset`. An item is {"moments": float32 (2, C, h, w), the mean
     and standard deviation of the VAE's posterior, "y": int, "problems": []}. The manifest's keys are attributes. Raise
     ValueError if the manifest that extract_latents.py wrote into `folder` cannot be read, or a shard is missing or
-    differs from it; with `skip_bad`, leave such shards out, with a line for each in `left_out`.
-    """
+    differs from it; with `skip_bad`, leave such shards out, with a line for each in `left_out`."""
 
     def __init__(self, folder, skip_bad=False):
         self.folder = pathlib.Path(folder)
         path = self.folder / MANIFEST
         manifest = files.read_json(path)
-        with named(f"{path} is damaged or was not written by extract_latents.py", (ValueError, KeyError, TypeError)):
+        problem = f"{path} is damaged or was not written by extract_latents.py"
+        with files.named(problem, (ValueError, KeyError, TypeError)):
             for key, kind in (dict.fromkeys(SIZES, int) | OTHER_KEYS).items():
                 if not isinstance(manifest[key], kind) or (key in SIZES and manifest[key] < 1):
                     raise ValueError(f"{key} is {manifest[key]!r}")
@@ -90,7 +89,7 @@ class ShardWriter:
     def prepare(self):
         """Create the folder and record the settings. Raise ValueError if it holds other files, or other settings."""
         path = self.folder / SETTINGS
-        with named(f"--output {self.folder}"):
+        with files.named(f"--output {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 if any(entry != files.partial_name(path) for entry in self.folder.iterdir()):

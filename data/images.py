@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
-from utils.errors import one_line
+from utils.files import one_line
 
 PATIENCE = 1000  # examples that are tried in place of a bad one
 
@@ -60,8 +60,7 @@ class ImageDataset(Dataset):
     The key of an item is (index, flip): the sampler decides all that is random, so workers have no state. An item is
     {"images": float32 (channels, image_size, image_size) in [-1, 1], mirrored if `flip`, "y": int, "problems": []}. If
     the example is bad, the next good one takes its place, and "problems" holds one line that says so. Raise ValueError
-    if PATIENCE examples in a row are bad.
-    """
+    if PATIENCE examples in a row are bad."""
 
     def __init__(self, source, image_size, channels, num_classes=None):
         self.source, self.image_size, self.mode = source, image_size, {1: "L", 3: "RGB"}[channels]

@@ -25,8 +25,7 @@ class GlobalBatchSampler:
     The order is one long sequence of permutations of the data, one per epoch, which depend on (seed, epoch) alone, so
     that no example is left out at an epoch's end. Each step takes the next global batch of it; each rank has a
     contiguous share of that, in micro-batches. What a step trains on is thus the same for any number of ranks, any
-    micro-batch size, and after any restart.
-    """
+    micro-batch size, and after any restart."""
 
     num_examples: int
     global_batch_size: int  # over all ranks and gradient accumulation steps
@@ -57,8 +56,7 @@ def _streamed_batches(dataset, sampler, num_threads):
     """Yield one rank's micro-batches of a data set whose source is a stream; threads decode the images.
 
     Every rank reads the whole stream and decodes its own share, so that a step trains on the same examples for any
-    number of ranks (except that a bad one is replaced by the next good one of the micro-batch).
-    """
+    number of ranks (except that a bad one is replaced by the next good one of the micro-batch)."""
     rows, size, waiting = _streamed_rows(dataset.source, sampler), sampler.micro_batch_size, []
     with ThreadPoolExecutor(max(1, num_threads)) as threads:
         while True:
@@ -103,8 +101,7 @@ def make_loader(dataset, sampler, num_workers, device):
     """Return a generator of micro-batches on the CPU: {key: stacked tensors (M, ...), "problems": list of M lists}.
 
     `num_workers` processes read the data set at the keys that `sampler` lists. The images of a stream, whose `sampler`
-    is a `GlobalBatchSampler`, are decoded by as many threads. Memory is pinned if the batches' `device` is a GPU.
-    """
+    is a `GlobalBatchSampler`, are decoded by as many threads. Memory is pinned if the batches' `device` is a GPU."""
     pin_memory = device.type == "cuda"
     if isinstance(dataset, ImageDataset) and dataset.source.streamed:
         # Threads: `datasets` would divide the files among processes, and the order would depend on their number.

@@ -18,7 +18,7 @@ from data.cached import MANIFEST, SETTINGS, CachedLatents
 from data.images import label_problem
 from utils import hub
 from utils.command_line import flag_group, integer, one_of
-from utils.errors import named, one_line
+from utils.files import named, one_line
 from vae import PRECISIONS
 
 # Keys of the flags that are arguments of `open_source`: `open_source(**given(args, DATA_FLAGS))`.
@@ -37,8 +37,7 @@ class Source:
 
     The image is a PIL image, or a uint8 array (H, W[, C]) or tensor (C, H, W) for torchvision's `to_pil_image`. The
     label is an integer; -1 or None if missing. Of a stream, `examples` is a function of a seed, which decides the
-    order: it returns an iterator over (key, function without arguments that returns (image, label)).
-    """
+    order: it returns an iterator over (key, function without arguments that returns (image, label))."""
 
     examples: Sequence | Dataset | Callable[[int], Iterator]
     labels: np.ndarray | None  # (N,) integers, -1 where missing; None if they are known only from the examples
@@ -107,8 +106,7 @@ def open_source(
         latents    a folder that extract_latents.py wrote
         hub        the name of a data set on the Hugging Face hub; HF_TOKEN and HF_HOME are honoured
 
-    Return a `Source`, or `CachedLatents`. Raise ValueError if there are no such data, or their columns do not fit.
-    """
+    Return a `Source`, or `CachedLatents`. Raise ValueError if there are no such data, or their columns do not fit."""
     if data_path is None:
         raise ValueError("--data-path is missing: --help says what it can be, digits for one")
     data_format = data_format or recognise_format(data_path)
@@ -152,8 +150,7 @@ def from_dataset(dataset, data_path, name=None, **fields):
     Its attribute `targets`, (N,) integers, gives the labels beforehand, and `classes`, a sequence, the number of
     classes; either may be missing or None. `data_path` is what messages call the data set. `name` (default: that and
     the index) and `fields` (channels, image_size, mirrors, left_out) are those of `Source`. Raise ValueError if it has
-    no length or is empty, or its `targets` are not (N,) integers.
-    """
+    no length or is empty, or its `targets` are not (N,) integers."""
     count = len(dataset) if hasattr(dataset, "__len__") else 0
     if count == 0:
         raise ValueError(f"--data-path {data_path!r} holds no images that can be read by index")
@@ -305,8 +302,7 @@ class _Rows(Dataset):
         """Yield (key, function without arguments that returns (image, label)) of every row.
 
         The seed decides the order of the files, and of rows within a buffer. (The library's own buffer passes about
-        fifty rows a second, fewer than one process decodes.)
-        """
+        fifty rows a second, fewer than one process decodes.)"""
         rng = np.random.default_rng(seed)
         buffer = []
         for shard in rng.permutation(self.table.num_shards):

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from utils.errors import named
+from utils.files import named
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Mean and covariance of Inception's features: pooled ones for FID, and seven channels of a 17 x 17 layer for sFID.
@@ -20,8 +20,7 @@ class ImageBatches:
     """uint8 images of `shape` (N, H, W, C), read batch by batch, and `statistics` {name: float64 array}, or {}.
 
     `path` is an .npz with the images in arr_0, or a folder of image files of one size. With `may_be_statistics`, the
-    .npz may hold `STATISTICS`, too; without images, `shape` is (0,). Raise ValueError for other or damaged files.
-    """
+    .npz may hold `STATISTICS`, too; without images, `shape` is (0,). Raise ValueError for other or damaged files."""
 
     def __init__(self, path, may_be_statistics=False):
         self.path, self.paths, self.shape, self.statistics = path, None, (0,), {}

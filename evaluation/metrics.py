@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from evaluation.images import POOL, SPATIAL, SPATIAL_CHANNELS, ImageBatches
 from utils import distributed, files, hub
-from utils.errors import named
 from utils.precision import without_tf32
 
 SPLIT = 5000  # images in each of the contiguous splits of the Inception Score, as in ADM's suite
@@ -104,8 +103,7 @@ def precision_and_recall(reference, samples, block=2000):
     """Return improved precision and recall (Kynkäänniemi et al. 2019) of features (M, D) and (N, D), by blocks of rows.
 
     Precision is the share of samples that lie within the third-neighbour distance of any reference image; recall is
-    the share of reference images that lie within that of any sample.
-    """
+    the share of reference images that lie within that of any sample."""
     return _share_inside(samples, reference, block), _share_inside(reference, samples, block)
 
 
@@ -146,8 +144,7 @@ def pixel_metrics(samples, reference, batch_size):
 def load_inception(path, device):
     """Return torch-fidelity's Inception of 2015 on `device`, and the SHA-256 of its weights in the file `path`.
 
-    None is the published weights, downloaded once. Raise ValueError if they are missing or do not fit.
-    """
+    None is the published weights, downloaded once. Raise ValueError if they are missing or do not fit."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     name = f"--inception-weights {path}"
@@ -156,10 +153,10 @@ def load_inception(path, device):
         name = f"{path} (delete it to download it again)"
         if not path.is_file():
             hub.require("Inception's weights", URL_INCEPTION_V3)
-            with named("cannot fetch Inception's weights", Exception):
+            with files.named("cannot fetch Inception's weights", Exception):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=WEIGHTS_SHA256_PREFIX)
-    with named(f"{name} holds no weights of this Inception", Exception):  # damaged files raise errors of many kinds
+    with files.named(f"{name} holds no weights of this Inception", Exception):  # damaged files fail in many ways
         # The library would unpickle any object, so it gets a copy of the tensors alone.
         safe = io.BytesIO()
         torch.save(torch.load(path, map_location="cpu", weights_only=True), safe)
@@ -229,8 +226,7 @@ class Monitor:
     """Measures samples that all ranks drew against a reference: FID, or `fd_pixels` for images up to MOST_PIXELS.
 
     `reference` is `ImageBatches`, or an iterable of uint8 arrays (N, H, W, C), which is read once; `image_shape` is
-    (H, W, C) of the samples. Raise ValueError if the reference is of another shape or Inception cannot be loaded.
-    """
+    (H, W, C) of the samples. Raise ValueError if the reference is of another shape or Inception cannot be loaded."""
 
     def __init__(self, reference, image_shape, weights, device):
         self.dimensions, self.features, self.sha256 = math.prod(image_shape), pixels, None

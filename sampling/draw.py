@@ -39,7 +39,7 @@ class SampleSettings:
         if self.guidance is not None:
             return self.guidance
         if self.cfg_scale == 1:
-            return guidance.unguided
+            return lambda network, x, t, y: network(x, t, y)
         rule = functools.partial(guidance.classifier_free, scale=self.cfg_scale, channels=channels)
         if self.cfg_interval == guidance.WHOLE:
             return rule
@@ -49,8 +49,7 @@ class SampleSettings:
     def group_size(self, batch_size):
         """Return how many images of consecutive indices one solve takes: a fixed number if the solver adapts its steps.
 
-        Its steps depend on all images of a solve, and an image must not depend on the batch size.
-        """
+        Its steps depend on all images of a solve, and an image must not depend on the batch size."""
         _, evaluations_per_step, *_ = (ODE_METHODS if self.mode == "ODE" else SDE_METHODS)[
             self.solver["sampling_method"]
         ]
@@ -73,8 +72,7 @@ def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed):
 class ImageNoise:
     """Standard normal noise of images by their index: row i depends on (seed, index i) alone, on any device.
 
-    Each image has its own stream of random numbers, drawn on the CPU, where it is the same on every machine.
-    """
+    Each image has its own stream of random numbers, drawn on the CPU, where it is the same on every machine."""
 
     def __init__(self, seed, indices, device):
         self.generators = [np.random.default_rng([seed, index]) for index in indices]
@@ -103,8 +101,7 @@ class GuidedModel:
     """A guided network as solvers call it: (x, t, y) -> output, computed batch by batch.
 
     A compiled network gets batches of one size: the last one is filled up with copies of its last row. `nfe` counts
-    calls, and `forward_passes` those of the network per image, two for a call with classifier-free guidance.
-    """
+    calls, and `forward_passes` those of the network per image, two for a call with classifier-free guidance."""
 
     def __init__(self, pipeline, rule, batch_size, bar):
         self.network, self.rule = guidance.Network(pipeline), rule
@@ -129,8 +126,7 @@ def draw(pipeline, labels, settings, *, first_index=0, batch_size=64, show_progr
     """Draw one latent per label; image k of this call has the index first_index + k, which decides its noise.
 
     The network gets `batch_size` images at a time. Return (latents (N, C, h, w), {'nfe', 'forward_passes'} per image,
-    the most of any solve).
-    """
+    the most of any solve)."""
     drawn, nfe, forward_passes = [], 0, 0
     group, rule = settings.group_size(batch_size), settings.rule(pipeline.guided_channels)
     starts = range(0, len(labels), group)

@@ -16,6 +16,23 @@ WEIGHTS_FLAGS = ("ema", "model", "image_size", "num_classes", "num_heads", "vae"
 SOLVER_FLAGS = ("num_sampling_steps", "time_shift", *(ODE_DEFAULTS | SDE_DEFAULTS))
 
 
+def add_sampling_flags(parser):
+    """Add all flags of this file: those that sample.py and sample_ddp.py share."""
+    add_weights_flags(parser)
+    add_transport_flags(parser, from_checkpoint=True)
+    add_solver_flags(parser)
+    add = flag_group(parser, "guidance")
+    add("--cfg-scale", number(), "S", "guidance scale; 1 is none (default: 4, or 1 for a model without a null class)")
+    interval = "guide at times in [LO, HI] alone; 0 is noise, 1 data (default: 0 1)"
+    add("--cfg-interval", number(0, closed=1), ("LO", "HI"), interval, nargs=2)
+    channels = "leading channels that are guided (default: all for checkpoints of train.py; 3 for released weights)"
+    add("--guided-channels", lambda text: text if text == "all" else integer(1)(text), "N|all", channels)
+    add = flag_group(parser, "speed")
+    add("--precision", one_of(*DTYPES), "|".join(DTYPES), "of the model's products (default: tf32 on a GPU, else fp32)")
+    add("--vae-precision", one_of(*PRECISIONS), "fp32|bf16", "precision of the autoencoder", default="fp32")
+    add("--compile", None, None, "compile the model: slower to start, faster to draw")
+
+
 def add_weights_flags(parser, with_space=True):
     """Add the flags of weights; without `with_space` not --image-size and --vae, which the data's flags have."""
     text = "A checkpoint of train.py needs --ckpt alone; the other flags describe weights that come without a config."
@@ -82,8 +99,7 @@ def solver_settings(mode, given):
     """Return (mode, keyword arguments of `Sampler.sample_ode` or `.sample_sde`).
 
     `mode` is 'ODE', 'SDE' or None, which means 'ODE'; `given` holds the flags in SOLVER_FLAGS that were given. Raise
-    ValueError if one has no effect on this mode or method.
-    """
+    ValueError if one has no effect on this mode or method."""
     mode = mode or "ODE"
     defaults = ODE_DEFAULTS if mode == "ODE" else SDE_DEFAULTS
     for key in given:
@@ -96,21 +112,3 @@ def solver_settings(mode, given):
         raise ValueError(f"--time-shift has no effect on {settings['sampling_method']}, which chooses its own steps")
     grid = {"num_steps": given.get("num_sampling_steps", 250), "time_shift": given.get("time_shift", 1.0)}
     return mode, settings | grid
-
-
-def add_guidance_flags(parser):
-    """Add the flags of classifier-free guidance."""
-    add = flag_group(parser, "guidance")
-    add("--cfg-scale", number(), "S", "guidance scale; 1 is none (default: 4, or 1 for a model without a null class)")
-    interval = "guide at times in [LO, HI] alone; 0 is noise, 1 data (default: 0 1)"
-    add("--cfg-interval", number(0, closed=1), ("LO", "HI"), interval, nargs=2)
-    channels = "leading channels that are guided (default: all for checkpoints of train.py; 3 for released weights)"
-    add("--guided-channels", lambda text: text if text == "all" else integer(1)(text), "N|all", channels)
-
-
-def add_speed_flags(parser):
-    """Add the flags of precision and compilation."""
-    add = flag_group(parser, "speed")
-    add("--precision", one_of(*DTYPES), "|".join(DTYPES), "of the model's products (default: tf32 on a GPU, else fp32)")
-    add("--vae-precision", one_of(*PRECISIONS), "fp32|bf16", "precision of the autoencoder", default="fp32")
-    add("--compile", None, None, "compile the model: slower to start, faster to draw")

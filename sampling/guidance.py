@@ -2,8 +2,7 @@
 
 `network(x, t, y)` is a `Network`; a rule may call it with any number of rows, which are counted as forward passes.
 x (N, C, H, W) is x_t, t (1,) the time that all rows share, y (N,) their labels. To add a rule, write such a function
-and give it to `SampleSettings(guidance=...)`.
-"""
+and give it to `SampleSettings(guidance=...)`."""
 
 import torch
 
@@ -15,8 +14,7 @@ WHOLE = (0.0, 1.0)  # the interval of all times
 class Network:
     """The network of a pipeline in its precision, as guidance rules call it: (x, t, y) -> output in x's dtype.
 
-    `rows` counts the rows of all calls. `num_classes` is the index of the null class.
-    """
+    `rows` counts the rows of all calls. `num_classes` is the index of the null class."""
 
     def __init__(self, pipeline):
         self.model, self.device, self.precision = pipeline.model, pipeline.device, pipeline.precision
@@ -31,16 +29,10 @@ class Network:
         return output.to(x.dtype, copy=True)
 
 
-def unguided(network, x, t, y):
-    """Return the conditional output: one forward pass."""
-    return network(x, t, y)
-
-
 def classifier_free(network, x, t, y, *, scale, channels=None):
     """Return unconditional + scale (conditional - unconditional): two forward passes as one batch.
 
-    Ho & Salimans (2022), with their w = scale - 1. Only the leading `channels` are guided; None: all.
-    """
+    Ho & Salimans (2022), with their w = scale - 1. Only the leading `channels` are guided; None: all."""
     null = torch.full_like(y, network.num_classes)
     conditional, unconditional = network(torch.cat([x, x]), t, torch.cat([y, null])).chunk(2)
     guided = unconditional[:, :channels] + scale * (conditional[:, :channels] - unconditional[:, :channels])

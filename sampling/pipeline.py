@@ -9,7 +9,7 @@ import vae as autoencoders
 from models import SiT, SiT_models
 from transport import Transport, create_transport
 from utils import hub, precision
-from utils.checkpoint import TRANSPORT_KEYS, load_into, load_weights, model_config_from_shapes
+from utils.checkpoint import TRANSPORT_KEYS, check_fit, load_weights, model_config_from_shapes
 from utils.command_line import flag_name
 
 # The classes of the official sample.py: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox.
@@ -66,8 +66,7 @@ def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", ema=
     `ckpt` is as `hub.resolve` takes it; None means the released weights of given['model'] at given['image_size'].
     `guided_channels` is a number or 'all'; None means all for checkpoints of train.py, 3 for others. `given` are flags
     of `flags.WEIGHTS_FLAGS`, which describe weights without a config. Raise ValueError if the weights are missing or do
-    not fit, or a flag contradicts them.
-    """
+    not fit, or a flag contradicts them."""
     ckpt = ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}"
     weights = load_weights(hub.resolve(ckpt), ema)
     try:
@@ -83,7 +82,8 @@ def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", ema=
         raise ValueError(f"the weights take {model.in_channels} channels, but --vae {vae} makes {channels}")
     if given.get("image_size", image_size) != image_size:
         raise ValueError(f"--image-size {given['image_size']} contradicts the weights, which make {image_size} pixels")
-    load_into(model, weights.state_dict, weights.path)
+    check_fit(model.state_dict(), weights.state_dict, weights.path)
+    model.load_state_dict(weights.state_dict)
     if guided_channels not in (None, "all") and guided_channels > model.in_channels:
         raise ValueError(f"--guided-channels {guided_channels}: the model has {model.in_channels}")
     guided_channels = guided_channels or ("all" if weights.own else 3)
@@ -126,10 +126,3 @@ def _transport_config(weights, given):
 def default_labels(num_classes):
     """Return the classes that a grid shows by default."""
     return SHOWN_IMAGENET_CLASSES if num_classes == 1000 else list(range(min(num_classes, 10)))
-
-
-def check_labels(labels, num_classes):
-    """Raise ValueError for a label that is no class of the model."""
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"class label {label} is out of range: the model's are 0 to {num_classes - 1}")

@@ -1,8 +1,7 @@
 """Samples that are drawn shard by shard, resumed, and written as one .npz.
 
 Beside the output FILE.npz lie FILE.npz.parts/ with one .npy per shard, until FILE.npz is written; from then on
-FILE.npz.json, which says how the samples were made; and FILE.pngs/ if PNGs are asked for.
-"""
+FILE.npz.json, which says how the samples were made; and FILE.pngs/ if PNGs are asked for."""
 
 import collections
 import concurrent.futures
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 
 from utils import files
-from utils.errors import named
 
 # Indices of the first image and of the one behind the last; NFE and forward passes per image.
 SHARD = re.compile(r"(\d+)-(\d+)\.calls-(\d+)-(\d+)\.npy")
@@ -26,8 +24,7 @@ ADVICE = "give another --output"
 class Shards:
     """The shards of `output`, an .npz of `count` uint8 images of `image_shape` (H, W, C).
 
-    All ranks make one; rank 0 calls `prepare` first and `finish` last.
-    """
+    All ranks make one; rank 0 calls `prepare` first and `finish` last."""
 
     def __init__(self, output, count, image_shape):
         self.output, self.count, self.image_shape = output, count, tuple(image_shape)
@@ -39,11 +36,10 @@ class Shards:
         """Lock the folder of shards, unless the output is complete. Return whether it is.
 
         `identity` is plain data that decides the images. Raise ValueError if the shards were made with another identity
-        or by another script, another process draws them, or the folder cannot be written to.
-        """
+        or by another script, another process draws them, or the folder cannot be written to."""
         if self.output.suffix != ".npz":
             raise ValueError(f"--output {self.output} must end in .npz")
-        with named(f"--output {self.output}"):
+        with files.named(f"--output {self.output}"):
             if not self._is_complete(identity):
                 if self.description.is_dir():
                     raise ValueError(f"{self.description} is a folder")
@@ -103,7 +99,7 @@ class Shards:
         """Write a shard of images (N, H, W, C) whose first index is `begin`. Raise ValueError if that fails."""
         name = f"{begin:07d}-{begin + len(images):07d}.calls-{counts['nfe']}-{counts['forward_passes']}.npy"
         path = self.folder / name
-        with named(path):
+        with files.named(path):
             if save_png:
                 self.write_pngs(images, begin)  # first: a shard that exists is not drawn again
             with files.written_whole(path) as partial, open(partial, "wb") as file:
@@ -126,10 +122,9 @@ class Shards:
     def finish(self, labels, description):
         """Write shards and labels (N,) as one .npz, and remove the shards. Raise ValueError if that fails.
 
-        Return the description, to which the counts are added, as it is stored beside the .npz.
-        """
+        Return the description, to which the counts are added, as it is stored beside the .npz."""
         description = description | self.counts()
-        with named(self.output):
+        with files.named(self.output):
             with files.written_whole(self.output) as partial:
                 with files.NpzWriter(partial) as archive:
                     shards = (np.load(path, allow_pickle=False) for path in self.intact().values())
@@ -145,8 +140,7 @@ def background(device, most_waiting=2):
     """Context that gives `submit(function, *arguments)`, which calls functions in a thread, on another CUDA stream.
 
     Images are decoded and written so while the next are drawn. The device work of a function must be done when it
-    returns; what it raises, a later `submit` or the end of the block raises. Waiting work holds memory.
-    """
+    returns; what it raises, a later `submit` or the end of the block raises. Waiting work holds memory."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     waiting = collections.deque()
 

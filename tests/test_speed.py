@@ -1,7 +1,8 @@
-"""Fast paths compute what the plain ones do, keep no memory and make nobody wait; the benchmarks run and say so."""
+"""Fast paths compute what plain ones do, in no more memory, and without waits of the host; the benchmarks run."""
 
+import functools
 import json
-import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import train_speed
 from conftest import TINY, load_golden, read_metrics
 from processes import ROOT, run
 
-from models import SiT
+from models import SiT, SiT_models
 from sampling.draw import SampleSettings, draw
 from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS
 from sampling.pipeline import Pipeline
@@ -86,7 +87,7 @@ def test_compiled_sampling_agrees_and_fills_its_last_batch(pipeline):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_fast_paths_hold_the_golden_values(compiled):
+def test_fast_paths_agree_with_the_golden_values(compiled):
     golden = load_golden("model.npz")
     model = SiT(**json.loads(golden["meta"])["config"]).eval().requires_grad_(False)
     weights = {key: value for key, value in golden.items() if key.startswith("state_dict/")}
@@ -100,17 +101,17 @@ def test_fast_paths_hold_the_golden_values(compiled):
     torch.testing.assert_close(output, golden["forward_with_cfg"], atol=1e-5, rtol=0)
 
 
-def test_tokens_lie_one_after_another_in_every_block(pipeline):
-    """Else each normalisation would copy its input first."""
-    laid_out = []
+def test_tokens_are_contiguous_in_every_block(pipeline):
+    """Otherwise each normalisation would copy its input first."""
+    contiguous = []
     for block in pipeline.model.blocks:
-        block.register_forward_pre_hook(lambda block, args: laid_out.append(args[0].is_contiguous()))
+        block.register_forward_pre_hook(lambda block, inputs: contiguous.append(inputs[0].is_contiguous()))
     pipeline.model(torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([1, 2, 3]))
-    assert laid_out == [True] * len(pipeline.model.blocks)
+    assert contiguous == [True] * len(pipeline.model.blocks)
 
 
 def test_guidance_is_combined_in_float32(pipeline):
-    """Of halves that bf16 rounded; rounding their difference too would cost the scale times as much."""
+    """The halves are rounded to bf16. Rounding their difference, too, would multiply that error by the scale."""
     x, y, scale = torch.randn(2, 4, 8, 8), torch.tensor([1, 2, 10, 10]), 7.3
     with torch.autocast("cpu", torch.bfloat16):
         halves = pipeline.model(torch.cat([x, x]), torch.full((4,), 0.3), y)
@@ -120,7 +121,7 @@ def test_guidance_is_combined_in_float32(pipeline):
     torch.testing.assert_close(guided[:2], unconditional + scale * (conditional - unconditional))
 
 
-def test_without_tf32_and_back():
+def test_without_tf32_restores_the_settings():
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     try:
@@ -131,7 +132,7 @@ def test_without_tf32_and_back():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_time_that_all_share_is_embedded_once(pipeline):
+def test_one_time_for_all_images_is_embedded_once(pipeline):
     x, t, y = torch.randn(3, 4, 8, 8), torch.full((3,), 0.3), torch.tensor([1, 2, 3])
     torch.testing.assert_close(pipeline.model(x, t[:1], y), pipeline.model(x, t, y), atol=1e-6, rtol=1e-5)
 
@@ -157,23 +158,30 @@ def test_all_rows_of_the_training_benchmark_compute_the_same():
     assert official[-4:].mean() < official[:4].mean()
 
 
-def test_compiled_runs_in_bf16_go_on_to_the_same_bytes(tmp_path):
-    flags = [*TINY, "--compile", "--precision", "bf16", "--grad-checkpoint", "--max-steps", 6, "--ckpt-every", 3]
-    for folder, more in (("whole", []), ("parts", ["--max-steps", 3]), ("parts", [])):
-        result = run("train.py", *flags, *more, "--output-dir", tmp_path / folder)
+def test_compiled_runs_in_bf16_continue_to_the_same_bytes(tmp_path):
+    flags = [*TINY, "--depth", 1, "--compile", "--precision", "bf16", "--grad-checkpoint"]
+    flags += ["--max-steps", 6, "--ckpt-every", 3]
+
+    def train(folder):
+        result = run("train.py", *flags, "--output-dir", tmp_path / folder)
         assert result.returncode == 0, result.stderr
-    assert "continuing from" in (tmp_path / "parts" / "log.txt").read_text()
+
+    train("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
+    train("parts")
+    assert "checkpoint-3, step 3" in (tmp_path / "parts" / "log.txt").read_text()
     for name in ("model.safetensors", "ema.pt"):
         whole, parts = ((tmp_path / folder / "checkpoint-6" / name).read_bytes() for folder in ("whole", "parts"))
         assert whole == parts
     whole, parts = ([line["loss"] for line in read_metrics(tmp_path / folder)] for folder in ("whole", "parts"))
-    assert whole == parts
+    assert len(whole) == 6 and whole == parts
 
 
 def test_compiled_gradients_do_not_depend_on_the_order_of_threads():
-    """Many images of few classes, whose gradients meet in the labels' table; on a thread each."""
+    """The gradients of many images of few classes are summed in the label embedding's table, by two threads."""
     torch.manual_seed(0)
-    model = SiT(**SIZES).train()
+    model = SiT(**dict(SIZES, depth=1)).train()
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -212,7 +220,7 @@ def test_tf32_is_refused_without_a_gpu(digits_run):
     assert result.returncode == 2 and "tf32 needs a CUDA GPU" in result.stderr
 
 
-def test_background_work_is_done_in_order_and_its_errors_arrive():
+def test_background_work_is_done_in_order_and_its_errors_are_raised():
     done, thread = [], set()
     with background(CPU) as submit:
         for i in range(5):
@@ -222,7 +230,7 @@ def test_background_work_is_done_in_order_and_its_errors_arrive():
         submit(lambda: open("/does/not/exist"))
 
 
-def test_batches_on_a_cpu_are_the_loaders():
+def test_batches_on_a_cpu_are_those_of_the_loader():
     batches = [{"images": torch.full((2, 3), i), "y": torch.tensor([i, i]), "problems": [[], []]} for i in range(3)]
     originals = [dict(batch) for batch in batches]
     space = PixelSpace()
@@ -237,7 +245,9 @@ def test_the_benchmarks_run_and_claim_nothing_of_gpus(tmp_path, monkeypatch, cap
         script.main()
         return capsys.readouterr().out
 
-    small = ["--model", "SiT-S/8", "--image-size", 64, "--batch-size", 2, "--rounds", 1]
+    tiny = functools.partial(SiT, hidden_size=48, depth=2, num_heads=4, patch_size=2)
+    monkeypatch.setitem(SiT_models, "SiT-tiny/2", tiny)
+    small = ["--model", "SiT-tiny/2", "--image-size", 64, "--batch-size", 2, "--rounds", 1]
     text = benchmark(train_speed, *small, "--steps", 1, "--check-steps", 2, "--rows", 1, 2, "--json", tmp_path / "t")
     assert "on a GPU: not measured" in text
     rows = json.loads((tmp_path / "t").read_text())["rows"]
@@ -250,9 +260,8 @@ def test_the_benchmarks_run_and_claim_nothing_of_gpus(tmp_path, monkeypatch, cap
     assert plain["difference"] < 1e-4 and 1e-4 < bf16["difference"] < 0.05 and interval["difference"] is None
 
 
-def test_peak_memory_is_measured_anew():
-    if not measuring.CLEAR_REFS.exists():
-        pytest.skip("a Linux file says it")
+@pytest.mark.skipif(not measuring.CLEAR_REFS.exists(), reason="resetting the peak needs Linux")
+def test_peak_memory_can_be_reset():
     big = torch.ones(1 << 26)  # 256 MiB
     del big
     measuring.reset_peak_memory(CPU)
@@ -263,7 +272,7 @@ def test_peak_memory_is_measured_anew():
 
 @pytest.mark.parametrize("precision, grad_checkpoint", [("fp32", False), ("bf16", False), ("bf16", True)])
 def test_estimated_memory_is_that_of_the_tensors(precision, grad_checkpoint):
-    """Activations are most of it here; a single process holds them and gradients not quite at once."""
+    """Most of it is activations here, which one process frees while it computes gradients; the estimate adds both."""
     with measuring.PeakOfTensors(CPU) as counted:
         big = torch.ones(1 << 20)
         del big
@@ -276,21 +285,19 @@ def test_estimated_memory_is_that_of_the_tensors(precision, grad_checkpoint):
     assert 0.9 < peak.bytes / estimate < 1.1
 
 
-def test_sampling_takes_no_more_memory_for_more_steps(digits_run, tmp_path):
-    """Peaks of whole processes whose states would fill more than the rest if all were kept: 250 of 2 MiB each."""
-    script = pathlib.Path(tmp_path / "peak.py")
+def test_sampling_takes_no_more_memory_for_more_steps(tmp_path):
+    """The peak of a whole process, in which 250 states of 2 MiB would be more than all the rest if they were kept."""
+    script = tmp_path / "peak.py"
     script.write_text(
-        "import sys, torch, measuring\n"
+        "import torch, measuring\n"
         "from transport import Sampler, create_transport\n"
-        "sample = Sampler(create_transport()).sample_sde(num_steps=int(sys.argv[1]), diffusion_form='sigma')\n"
-        "sample(torch.randn(512, 4, 16, 16), lambda x, t: x)\n"
-        "print(measuring.peak_memory(torch.device('cpu')))\n"
+        "for num_steps in (10, 250):\n"
+        "    sample = Sampler(create_transport()).sample_sde(num_steps=num_steps, diffusion_form='sigma')\n"
+        "    sample(torch.randn(512, 4, 16, 16), lambda x, t: x)\n"
+        "    print(measuring.peak_memory(torch.device('cpu')))\n"
     )
-    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "PATH": "/usr/bin:/bin"}
-    peaks = [
-        int(
-            subprocess.run([sys.executable, script, steps], env=path, capture_output=True, check=True, text=True).stdout
-        )
-        for steps in ("10", "250")
-    ]
-    assert peaks[1] < 1.05 * peaks[0]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, script]
+    output = subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout
+    peak, peak_of_more_steps = map(int, output.split())
+    assert peak_of_more_steps < 1.05 * peak

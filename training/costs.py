@@ -9,15 +9,11 @@ from utils.precision import autocast, choose_attention
 
 # Dense peak of matrix products in 10^12 operations per second, from NVIDIA's data sheets, by CUDA's name of the
 # device: a MIG slice and a laptop edition have other names.
-A100 = {"bf16": 312, "tf32": 156, "fp32": 19.5}
+A100 = ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe")
 PEAK_TERAFLOPS = {
-    "NVIDIA A100-SXM4-40GB": A100,
-    "NVIDIA A100-SXM4-80GB": A100,
-    "NVIDIA A100-PCIE-40GB": A100,
-    "NVIDIA A100 80GB PCIe": A100,
+    **dict.fromkeys(A100, {"bf16": 312, "tf32": 156, "fp32": 19.5}),
     "NVIDIA H100 PCIe": {"bf16": 756, "tf32": 378, "fp32": 51},
-    "NVIDIA H100 80GB HBM3": {"bf16": 989, "tf32": 495, "fp32": 67},
-    "NVIDIA H200": {"bf16": 989, "tf32": 495, "fp32": 67},
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), {"bf16": 989, "tf32": 495, "fp32": 67}),
     "NVIDIA L40S": {"bf16": 362, "tf32": 183, "fp32": 92},
     "NVIDIA GeForce RTX 4090": {"bf16": 165, "tf32": 83, "fp32": 83},
 }
@@ -25,9 +21,7 @@ PEAK_TERAFLOPS = {
 
 def peak_flops(device, precision):
     """Return the peak of a GPU's matrix products in operations per second; None if the device is not in the table."""
-    if device.type != "cuda":
-        return None
-    peaks = PEAK_TERAFLOPS.get(torch.cuda.get_device_name(device))
+    peaks = PEAK_TERAFLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return peaks and peaks[precision] * 1e12
 
 
@@ -60,8 +54,7 @@ def training_flops(model_config):
 def saved_bytes(model_config, batch_size, precision, grad_checkpoint, device):
     """Return the bytes that autograd saves in a forward pass, as CPU kernels do, counted on tensors without data.
 
-    `device` decides the kernel of attention.
-    """
+    `device` decides the kernel of attention."""
     storages = {}
 
     def count(tensor):
@@ -87,8 +80,7 @@ def training_memory(model_config, batch_size, precision, grad_checkpoint, shards
 
     `batch_size` is a rank's micro-batch, and `shards` the ranks that share one model. It counts two gathered blocks for
     FSDP, and leaves out fragmentation, the workspace of kernels and the autoencoder. All activations and all gradients
-    count, as with DDP and gradient accumulation; otherwise up to the smaller of the two is not needed.
-    """
+    count, as with DDP and gradient accumulation; otherwise up to the smaller of the two is not needed."""
     weights = 4 * num_parameters(model_config)
     activations = saved_bytes(model_config, batch_size, precision, grad_checkpoint, device)
     if grad_checkpoint:  # one block at a time is computed again

@@ -28,8 +28,7 @@ class Metrics:
     """Means over a window of steps and all ranks, and numbers of a moment, for the next line of the log.
 
     `mean` and `point` may be called anywhere in the training loop, on all ranks. Sums stay on the device; ranks are
-    reduced when the log is written. `saved` is `state()` of the window that a checkpoint cut.
-    """
+    reduced when the log is written. `saved` is `state()` of the window that a checkpoint cut."""
 
     def __init__(self, device, saved=None):
         self.device, self.points, self.pending, self.sums = device, {}, {}, {}
@@ -42,20 +41,19 @@ class Metrics:
     def mean(self, name, values):
         """Add values, a number or a tensor of any shape, to the mean of a name."""
         values = torch.as_tensor(values, dtype=torch.float64, device=self.device).detach().flatten()
-        self._add(name, torch.stack([values.sum(), values.new_full((), len(values))])[:, None])
+        sums = torch.stack([values.sum(), values.new_full((), len(values))])[:, None]
+        self.pending[name] = self.pending.get(name, 0) + sums
 
     def mean_by_time(self, name, values, t):
         """Add values (M,) at times t (M,) to the means of `TIME_BINS` bins of time."""
         bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
         members = (bins[:, None] == torch.arange(TIME_BINS, device=t.device)).double()
-        self._add(name, torch.stack([values.detach().double() @ members, members.sum(0)]))
+        sums = torch.stack([values.detach().double() @ members, members.sum(0)])
+        self.pending[name] = self.pending.get(name, 0) + sums
 
     def point(self, name, value):
         """Set a number that the next line of the log shows as it is."""
         self.points[name] = value
-
-    def _add(self, name, sums):
-        self.pending[name] = self.pending[name] + sums if name in self.pending else sums
 
     def commit(self, bad):
         """Add the means of a step to the window, unless the tensor `bad` () is true."""
@@ -123,8 +121,7 @@ class Meter:
 class LeftOut:
     """Counts and names the examples that are left out, on all ranks; without `skip` one is an error.
 
-    `count` were left out before; `lines` say what was left out when the data were opened.
-    """
+    `count` were left out before; `lines` say what was left out when the data were opened."""
 
     def __init__(self, count, skip, lines):
         self.count, self.skip = count, skip
@@ -146,8 +143,7 @@ class RunLog:
     """Writes the log of a run on rank 0; does nothing on other ranks.
 
     Metrics of steps after `step`, where the run starts and which it will repeat, are removed. The first file that
-    cannot be written, on a full disk for example, is reported, and the run continues.
-    """
+    cannot be written, on a full disk for example, is reported, and the run continues."""
 
     def __init__(self, output_dir, step, trackers):
         self.active, self.trackers, self.reported = distributed.rank() == 0, trackers, False
@@ -169,7 +165,8 @@ class RunLog:
             with self._continuing("the terminal"):
                 tqdm.write(text)
                 sys.stdout.flush()  # a log that is piped to a file is watched too
-            self._write(self.text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            with self._continuing(self.text.name):
+                self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, metrics):
         """Write metrics up to metrics['step']; None means unknown, and a list holds means by time."""
@@ -181,7 +178,8 @@ class RunLog:
             f"(step={metrics['step']:07d}) {loss}, gradient norm {metrics['gradient_norm'] or math.nan:.3f}, "
             f"{metrics['images_per_second']:.1f} images/s{mfu}, {metrics['data_wait']:.0%} of the time waiting for data"
         )
-        self._write(self.metrics_file, json.dumps(metrics) + "\n")
+        with self._continuing(self.metrics_file.name):
+            self.metrics_file.write(json.dumps(metrics) + "\n")
         numbers = dict(metrics)
         for name, values in metrics.items():
             if isinstance(values, list):
@@ -206,7 +204,8 @@ class RunLog:
             caveats = "; ".join(metrics.get("caveats", ()))
             caveats = f"; not comparable with published metrics: {caveats}" if caveats else ""
             self.line(f"(step={step:07d}) {text} of {metrics['n_samples']} samples{caveats}")
-            self._write(self.evaluations, json.dumps({"step": step, **metrics}) + "\n")
+            with self._continuing(self.evaluations.name):
+                self.evaluations.write(json.dumps({"step": step, **metrics}) + "\n")
             self._track("metrics", numbers, step)
 
     def close(self):
@@ -219,10 +218,6 @@ class RunLog:
         for tracker in self.trackers:
             with self._continuing(type(tracker).__name__):
                 getattr(tracker, method)(*arguments)
-
-    def _write(self, file, text):
-        with self._continuing(file.name):
-            file.write(text)
 
     @contextlib.contextmanager
     def _continuing(self, name):
@@ -284,8 +279,7 @@ TRACKERS = {"tensorboard": (TensorBoard, "torch.utils.tensorboard"), "wandb": (W
 def import_trackers(names):
     """Return, on rank 0, a function (output_dir, step, config) per name in TRACKERS that opens the tracker.
 
-    Raise ValueError if its package is not installed.
-    """
+    Raise ValueError if its package is not installed."""
     openers = []
     for name in names if distributed.rank() == 0 else ():
         tracker, module = TRACKERS[name]

@@ -22,16 +22,13 @@ class AuxiliaryLoss(nn.Module):
             t: (M,) times.
             xt: (M, C, h, w) points of the path.
             output: (M, C, h, w) output of the network.
-            hidden: {index: (M, T, D)} tokens after each block of `hidden_blocks`.
-        """
-        raise NotImplementedError
+            hidden: {index: (M, T, D)} tokens after each block of `hidden_blocks`."""
 
 
 def build_losses(builders, model, seed):
     """Return the losses that `builders`, functions of the model, make: with the same initial weights on every rank.
 
-    Raise ValueError if two losses have one name, or one reads a block that the model does not have.
-    """
+    Raise ValueError if two losses have one name, or one reads a block that the model does not have."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(distributed.seed_from(seed, len(builders)))
         losses = [build(model) for build in builders]

@@ -15,7 +15,6 @@ import uuid
 from models import SiT
 from utils import checkpoint, distributed, files
 from utils.command_line import flag_name
-from utils.errors import named
 
 EXIT_DIVERGED = 3  # loss or gradient was not finite for too many steps in a row
 EXIT_STOPPED = 75  # a signal stopped the run after a checkpoint; the same command resumes it (EX_TEMPFAIL)
@@ -42,8 +41,7 @@ def find_start(resume, output_dir):
     """Return the `Start` of a run in `output_dir`, which is None for a new folder.
 
     `resume` is 'auto' (the newest intact checkpoint in `output_dir`, or step 0), 'never' (step 0), or a run folder or
-    checkpoint folder. Raise ValueError if no checkpoint is intact, or the run would overwrite another run's.
-    """
+    checkpoint folder. Raise ValueError if no checkpoint is intact, or the run would overwrite another run's."""
     existing = checkpoint.steps(output_dir) if output_dir is not None else []
     if resume == "never" and existing:
         raise ValueError(f"--output-dir {output_dir} holds checkpoint-{max(existing)}; give another, or --resume auto")
@@ -83,8 +81,7 @@ def _newest(run_folder, problem):
 def check_model(config, start):
     """Raise ValueError if a config of `setup.resolve_config` is of another model than the checkpoint to resume from.
 
-    A checkpoint that lacks an argument of SiT was trained with that argument's default.
-    """
+    A checkpoint that lacks an argument of SiT was trained with that argument's default."""
     if start.state is None:
         return
     defaults = {key: p.default for key, p in inspect.signature(SiT).parameters.items()}
@@ -128,37 +125,28 @@ def choose_folder(output_dir, resume, start, results_dir, name):
 def claim_folder(output_dir, resume):
     """Make and lock the run's folder, on all ranks together. Return the `Start`, which another run may have moved.
 
-    Raise ValueError if another run writes to the folder, it cannot be written to, or ranks see different folders.
-    """
+    Raise ValueError if another run writes to the folder, it cannot be written to, or ranks see different folders."""
     token = distributed.on_rank_zero(_lock_folder, output_dir)
-    if distributed.any_rank(not _sees_token(output_dir, token)):
+    seen, deadline = distributed.rank() == 0, time.monotonic() + 10  # rank 0 would release its lock by closing the file
+    while not seen and time.monotonic() < deadline:  # some file systems show a new file late
+        with contextlib.suppress(OSError):
+            seen = (output_dir / files.LOCK).read_text() == token
+        time.sleep(0 if seen else 0.2)
+    if distributed.any_rank(not seen):
         raise ValueError(f"the run's folder {output_dir} is not the same for all ranks; it must be on shared storage")
     return distributed.on_rank_zero(find_start, resume, output_dir)
 
 
 def _lock_folder(output_dir):
     """Lock the run's folder until this process ends. Return a token in it, by which ranks recognise the folder."""
-    with named(f"the run's folder {output_dir} cannot be made or written to"):
+    with files.named(f"the run's folder {output_dir} cannot be made or written to"):
         output_dir.mkdir(parents=True, exist_ok=True)
         problem = f"another run is writing to {output_dir}; wait for it, or give another --output-dir"
-        lock = files.lock(output_dir, problem)
-        token = uuid.uuid4().hex
+        lock, token = files.lock(output_dir, problem), uuid.uuid4().hex
         lock.truncate(0)
         lock.write(token)
         lock.flush()
     return token
-
-
-def _sees_token(output_dir, token):
-    """Return whether this rank finds rank 0's token in the folder; file systems with caches get some time."""
-    if distributed.rank() == 0:
-        return True  # reading and closing the file would release the lock
-    for _ in range(50):
-        with contextlib.suppress(OSError):
-            if (output_dir / files.LOCK).read_text() == token:
-                return True
-        time.sleep(0.2)
-    return False
 
 
 def set_aside(start, output_dir):
@@ -170,19 +158,14 @@ def set_aside(start, output_dir):
             folder.rename(next(name for name in names if not name.exists()))
 
 
-class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that the current step can be finished and saved.
+def catch_stop_signals():
+    """Return a list to which SIGTERM and SIGINT are appended from now on, so that the step can be finished and saved.
 
-    A second signal changes nothing: torchrun and schedulers send both signals, or one twice.
-    """
-
-    def __init__(self):
-        self.signal = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number, frame):
-        self.signal = signal.Signals(number)
+    A second signal changes nothing: torchrun and schedulers send both, or one twice."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(signal.Signals(number).name))
+    return caught
 
 
 class FiniteCheck:

@@ -65,8 +65,7 @@ def resolve_config(source, model_name, options, sizes, transport, vae=None, skip
     """Return what a checkpoint stores to build everything again: 'model', 'transport' and 'latents'.
 
     `options`, `sizes` and `transport` are the model options, SIZE_FLAGS and TRANSPORT_KEYS that were given. Raise
-    ValueError if sizes do not divide, or flags contradict the data or the VAE.
-    """
+    ValueError if sizes do not divide, or flags contradict the data or the VAE."""
     sizes = dict.fromkeys(SIZE_FLAGS) | sizes
     vae, downsampling, channels = _resolve_vae(source, vae, sizes)
     options = SiT_models[model_name].keywords | options
@@ -132,8 +131,7 @@ def initial_weights(config, seed, init_from, start):
 
     Weights of other classes or another image size can start a run: the tensors that depend on them are initialised. For
     a run that resumes, and on ranks other than 0, return (None, []). Raise ValueError if the weights are missing or of
-    another architecture.
-    """
+    another architecture."""
     if start.state is not None or distributed.rank() != 0:
         return None, []
     torch.manual_seed(seed)
@@ -181,11 +179,10 @@ def open_training_space(config, source, device, vae_precision, decodes, losses):
 
 def open_loader(config, source, sampler, num_workers, device):
     """Return the loader of this rank's micro-batches: images by index or from a stream, or cached latents."""
-    dataset = source
     if isinstance(source, Source):
         channels = source.channels if config["latents"]["vae"] == "none" else 3
-        dataset = ImageDataset(source, config["latents"]["image_size"], channels, config["model"]["num_classes"])
-    return make_loader(dataset, sampler, num_workers, device)
+        source = ImageDataset(source, config["latents"]["image_size"], channels, config["model"]["num_classes"])
+    return make_loader(source, sampler, num_workers, device)
 
 
 def opening_lines(output_dir, start, notes, config, source, changed_flags, text):

@@ -34,8 +34,7 @@ def draw_randomness(seed, step, global_batch_size, places, latent_shape, device)
     """Return a step's uniform numbers for times and label drops, noise and posterior noise, at `places`, a slice.
 
     They depend on (seed, step, place in the global batch) alone: every rank draws them for the whole global batch,
-    which costs little, so that a run can change its number of ranks.
-    """
+    which costs little, so that a run can change its number of ranks."""
     g = distributed.generator(device, seed, distributed.STEP_STREAM, step)
     uniform, drop = torch.rand(2, global_batch_size, generator=g, device=device)[:, places]
     x0, posterior_noise = torch.randn(2, global_batch_size, *latent_shape, generator=g, device=device)[:, places]
@@ -61,8 +60,7 @@ def step_optimizers(optimizers, loss, lr, max_grad_norm=None):
     """Step fused optimizers and clear their gradients; leave the step out if loss () or gradient is not finite.
 
     The check stays on the device: `found_inf` tells the optimizers, and the host does not wait. Return (2-norm of the
-    gradient, before it is clipped to `max_grad_norm`, whether the step was left out): tensors () on the device.
-    """
+    gradient, before it is clipped to `max_grad_norm`, whether the step was left out): tensors () on the device."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     gradient_norm = distributed.total_norm(gradients)
@@ -85,8 +83,7 @@ class Trainer:
     Args:
         transport: gives the main loss.
         parallel, mesh: 'one process', 'ddp' or 'fsdp', which alone has a mesh.
-        adamw: arguments of `build_optimizer`.
-    """
+        adamw: arguments of `build_optimizer`."""
 
     def __init__(self, model, transport, device, precision_name, emas, losses, parallel, mesh, adamw):
         self.model, self.transport, self.device, self.precision = model, transport, device, precision_name
@@ -119,8 +116,7 @@ class Trainer:
     def start(self, weights=None, folder=None, grad_checkpoint=False, compiled=False):
         """Load initial weights, on rank 0, or a checkpoint's folder; then compile and replicate.
 
-        Return a line for each EMA or loss that the checkpoint lacks.
-        """
+        Return a line for each EMA or loss that the checkpoint lacks."""
         notes = []
         if folder is not None:
             notes = checkpoint.load_training(folder, **self.checkpointed())
@@ -146,8 +142,7 @@ class Trainer:
             drop: (M,) bool, labels to replace by the null class.
             is_last: whether it is the last micro-batch of the step.
 
-        Return (main loss (M,), {name: auxiliary loss (M,)}), without gradients.
-        """
+        Return (main loss (M,), {name: auxiliary loss (M,)}), without gradients."""
         hidden, auxiliary = {}, {}
 
         def network(x, t, **labels):
@@ -183,8 +178,7 @@ class Trainer:
 def batches_on_device(loader, space, device, with_images=False):
     """Yield the batches of an endless loader on the device, with 'moments' of the space beside or in place of 'images'.
 
-    On a GPU the next batch is copied, and encoded if need be, on a second stream while a step computes.
-    """
+    On a GPU the next batch is copied, and encoded if need be, on a second stream while a step computes."""
     stream = None
     if device.type == "cuda":
         stream = torch.cuda.Stream(device)

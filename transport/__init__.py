@@ -2,25 +2,9 @@
 
 transport = create_transport("Linear", "velocity")
 loss = transport.training_losses(model, x1, dict(y=y))["loss"].mean()
-images = Sampler(transport).sample_ode()(noise, model, y=y)[-1]
-"""
+images = Sampler(transport).sample_ode()(noise, model, y=y)[-1]"""
 
 from .integrators import ADAPTIVE_ODE_METHODS, ODE_METHODS, SDE_METHODS
 from .path import DIFFUSION_FORMS, PATHS
 from .sampler import LAST_STEPS, Sampler
 from .transport import LOSS_WEIGHTS, PREDICTIONS, Transport, create_transport, logit_normal
-
-__all__ = [
-    "ADAPTIVE_ODE_METHODS",
-    "DIFFUSION_FORMS",
-    "LAST_STEPS",
-    "LOSS_WEIGHTS",
-    "ODE_METHODS",
-    "PATHS",
-    "PREDICTIONS",
-    "SDE_METHODS",
-    "Sampler",
-    "Transport",
-    "create_transport",
-    "logit_normal",
-]

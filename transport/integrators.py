@@ -11,8 +11,7 @@ data to noise; `noise` is standard normal, like x. Each call of `velocity` or `d
   calls it as above. `path` is the `Path`, with its alpha and sigma; `times` (T,) the grid of the solve.
 - NFE per step is None where it depends on the data.
 - An SDE step must not evaluate `drift` at t + dt if `end_is_singular`, which is True in the last step only. A step of
-  more than one evaluation then makes one less.
-"""
+  more than one evaluation then makes one less."""
 
 import torch
 import torchdiffeq
@@ -26,8 +25,7 @@ def euler_maruyama_step(drift, diffusion, x, t, dt, noise, end_is_singular):
 def heun_step(drift, diffusion, x, t, dt, noise, end_is_singular):
     """Add the noise, then make a Heun step of the drift (Karras et al. 2022, algorithm 2); evaluations at t and t + dt.
 
-    At a singular end the second is left out, as Karras et al. do at zero noise (algorithm 1, line 6).
-    """
+    At a singular end the second is left out, as Karras et al. do at zero noise (algorithm 1, line 6)."""
     x = x + torch.sqrt(2 * diffusion(t) * dt) * noise
     slope = drift(x, t)
     if not end_is_singular:
@@ -52,10 +50,9 @@ def ode_integrate(velocity, x, times, *, method, atol, rtol, path=None, trajecto
     """Integrate dx/dt = velocity(x, t) over `times` and return the states (S, N, ...), of which the last is the end.
 
     x is the state at times[0], a tensor (N, ...) or a tuple of them; then the result is a tuple, too. `velocity` is
-    never called outside [min(times), max(times)], where a path may be singular. `times` (T,) increases or decreases; adaptive
-    methods use its two ends. With `trajectory`, S = T; otherwise the first and the last state are kept, so that memory
-    does not grow with T. Raise ValueError if an adaptive method cannot meet its tolerances `atol` and `rtol`.
-    """
+    never called outside [min(times), max(times)], where a path may be singular. `times` (T,) increases or decreases;
+    adaptive methods use its two ends. With `trajectory`, S = T; otherwise the first and the last state are kept, so
+    that memory does not grow with T. Raise ValueError if an adaptive method cannot meet its tolerances."""
     low, high = times.min(), times.max()
 
     def inside(x, t):
@@ -111,8 +108,7 @@ def sde_integrate(drift, diffusion, x, times, *, method, randn_like, path=None, 
     """Integrate an SDE from x (N, ...) over `times` (T,), increasing; yield the state after each of the T - 1 steps.
 
     `drift` and `diffusion` are functions of (x, t) and of t, which is 0-D, as the diffusion is. `randn_like` draws
-    standard normal noise in the shape of its argument. If `end_is_singular`, no drift is evaluated at times[-1].
-    """
+    standard normal noise in the shape of its argument. If `end_is_singular`, no drift is evaluated at times[-1]."""
     step = _for_this_solve(SDE_METHODS[method][0], path, times)
     last = len(times) - 2
     for i in range(last + 1):

@@ -4,12 +4,9 @@ Time runs from noise to data, everywhere in this project: t = 0 is noise x0 ~ N(
     x_t = alpha(t) x1 + sigma(t) x0          (SiT, section 2, with time reversed as in the official code)
 with alpha(0) ~ 0, sigma(0) ~ 1, alpha(1) = 1, sigma(1) = 0. Nothing here knows of a network.
 
-Every conversion below is linear algebra on the pair of equations
-    x = alpha x1 + sigma x0,    velocity = d_alpha x1 + d_sigma x0,
-whose determinant is, up to its sign, `wronskian` = d_alpha sigma - alpha d_sigma, together with score = -x0 / sigma.
-Written this way, and not through d_alpha / alpha, they divide by nothing but what is truly singular: a score at
-sigma = 0, and a velocity made from noise or score at alpha = 0.
-"""
+Every conversion is linear algebra on x = alpha x1 + sigma x0 and velocity = d_alpha x1 + d_sigma x0, whose determinant
+is, up to its sign, `wronskian` = d_alpha sigma - alpha d_sigma, together with score = -x0 / sigma. Written so, and not
+through d_alpha / alpha, only a score at sigma = 0, and a velocity from noise or score at alpha = 0, are singular."""
 
 import math
 
@@ -43,19 +40,11 @@ class Path:
 
     A subclass has the methods alpha(t) and sigma(t), the coefficients of data and noise, and d_alpha(t) and d_sigma(t).
     Their t is a tensor of any shape with values in [0, 1], and the result is like t. In all methods that have x, x0 or
-    x1, these, velocity, score and noise are (N, ...) and t is (N,).
+    x1, these, velocity, score and noise are (N, ...) and t is (N,)."""
 
-    Attributes:
-        singular_at_noise: whether alpha(0) = 0, where noise and score say nothing of the velocity. Time intervals then
-            keep an eps from t = 0, as they do from t = 1.
-        finite_derivatives: whether d_alpha and d_sigma are finite on [0, 1]. Otherwise velocity predictions need an
-            eps, as noise and score predictions always do.
-        default_train_eps, default_sample_eps: the eps where one is needed and the user gives none.
-    """
-
-    singular_at_noise = True
-    finite_derivatives = True
-    default_train_eps = 1e-3
+    singular_at_noise = True  # alpha(0) = 0: times then keep an eps from 0, too, where noise gives no velocity
+    finite_derivatives = True  # of alpha and sigma on [0, 1]; otherwise velocity predictions need an eps, too
+    default_train_eps = 1e-3  # for predictions that need an eps, as noise and score always do
     default_sample_eps = 1e-3
 
     def wronskian(self, t):
@@ -100,8 +89,7 @@ class Path:
         """Return w(t), the diffusion of the SDE dx = (velocity + w score) dt + sqrt(2 w) dW, as in the official code.
 
         The paper writes w / 2 and sqrt(w), so this w is half of the paper's. Any w >= 0 leaves the path's marginals
-        unchanged; `form`, a name in DIFFUSION_FORMS, chooses its shape and `norm` its scale. The result is like t.
-        """
+        unchanged; `form`, a name in DIFFUSION_FORMS, chooses its shape and `norm` its scale. The result is like t."""
         check_choice("diffusion form", form, DIFFUSION_FORMS)
         return norm * DIFFUSION_FORMS[form](self, t)
 
@@ -142,16 +130,14 @@ class VPPath(Path):
     """Variance preserving diffusion of Song et al. (2021) with linear beta, run from noise to data.
 
     log alpha = -(1-t)^2 (beta_max - beta_min) / 4 - (1-t) beta_min / 2 and sigma = sqrt(1 - alpha^2). alpha(0) = 0.0066
-    is small but not zero, so x_0 is N(0, I) to that precision; d_sigma is infinite at t = 1.
-    """
+    is small but not zero, so x_0 is N(0, I) to that precision; d_sigma is infinite at t = 1."""
 
     singular_at_noise = False
     finite_derivatives = False
     default_train_eps = 1e-5
 
     def __init__(self, beta_min=0.1, beta_max=20.0):
-        self.beta_min = beta_min
-        self.beta_max = beta_max
+        self.beta_min, self.beta_max = beta_min, beta_max
 
     def log_alpha(self, t):
         return -0.25 * (1 - t) ** 2 * (self.beta_max - self.beta_min) - 0.5 * (1 - t) * self.beta_min

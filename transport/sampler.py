@@ -26,8 +26,7 @@ class Sampler:
         trajectory: return every state, (S, N, ...), not the end state alone, (1, N, ...). `fn(...)[-1]` is the end
             state either way.
 
-    Raises ValueError for settings out of range, and for a `sample_eps` that leaves the drift singular.
-    """
+    Raises ValueError for settings out of range, and for a `sample_eps` that leaves the drift singular."""
 
     def __init__(self, transport):
         self.transport = transport
@@ -45,8 +44,7 @@ class Sampler:
     ):
         """Sample by the probability-flow ODE dx/dt = velocity(x, t). With `trajectory`, S = num_steps.
 
-        `reverse` integrates from data to noise, over the same interval.
-        """
+        `reverse` integrates from data to noise, over the same interval."""
         t0, t1 = self._ode_interval(sampling_method, num_steps, time_shift)
         solver = dict(method=sampling_method, atol=atol, rtol=rtol, path=self.transport.path, trajectory=trajectory)
 
@@ -82,8 +80,7 @@ class Sampler:
             last_step: how to get from t = 1 - last_step_size to 1, where the score is singular; see `_last_step`. None:
                 the SDE is integrated to the end of the interval and stops there.
             last_step_size: in (0, 1). A larger `sample_eps` that was given takes its place.
-            randn_like: draws the noise of a step in the shape of its argument.
-        """
+            randn_like: draws the noise of a step in the shape of its argument."""
         check_choice("sampling method", sampling_method, SDE_METHODS)
         _check_grid(num_steps, time_shift)
         t0, t1, singular = self._sde_interval(diffusion_form, diffusion_norm, last_step, last_step_size)
@@ -120,8 +117,7 @@ class Sampler:
             probe_like: draws one probe in the shape of its argument; None: -1 or 1 from PyTorch's global generator.
 
         `fn` returns (logp, z): log p(x) (N,) in nats, summed over all dimensions, and the noise (N, ...) that x is
-        carried to, without gradients. It works in any grad mode, in inference mode for parameters not made in it.
-        """
+        carried to, without gradients. It works in any grad mode, in inference mode for parameters not made in it."""
         t0, t1 = self._ode_interval(sampling_method, num_steps)
         if num_probes < 1 or num_probes != int(num_probes):
             raise ValueError(f"num_probes must be an integer of 1 or more, not {num_probes}")
@@ -225,8 +221,7 @@ def shifted(u, shift):
     """Map u in [0, 1] to itself; a shift above 1 moves points towards the noise: u / (u + shift (1 - u)).
 
     The same noise hides less of a larger image, so its grid needs more steps there. The noise level 1 - u goes to
-    shift (1 - u) / (1 + (shift - 1) (1 - u)) (Esser et al. 2024, eq. 23).
-    """
+    shift (1 - u) / (1 + (shift - 1) (1 - u)) (Esser et al. 2024, eq. 23)."""
     return u / (u + shift * (1 - u))
 
 

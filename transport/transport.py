@@ -20,8 +20,7 @@ def logit_normal(uniform, mean=0.0, std=1.0):
     """Map uniform random numbers in [0, 1) to logit-normal ones: sigmoid(mean + std z), z ~ N(0, 1).
 
     As training times (Esser et al. 2024) they lie in the middle of a path more often than at its ends; a mean above 0
-    moves them towards the data.
-    """
+    moves them towards the data."""
     return torch.sigmoid(mean + std * torch.special.ndtri(uniform))
 
 
@@ -39,8 +38,7 @@ class Transport:
             both ends, or the data end alone if the path is not `singular_at_noise`. None: the path's default; 0 for
             velocity if the path has `finite_derivatives`. Each is used as given, whether or not the other is.
 
-    Raise ValueError for an unknown name, or an eps out of range; the message lists what is allowed.
-    """
+    Raise ValueError for an unknown name, or an eps out of range; the message lists what is allowed."""
 
     def __init__(self, path, prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
         check_choice("prediction", prediction, PREDICTIONS)
@@ -48,9 +46,7 @@ class Transport:
         for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
             if eps is not None and not 0 <= eps < 0.5:
                 raise ValueError(f"{name} must lie in [0, 0.5), not {eps}")
-        self.path = path
-        self.prediction = prediction
-        self.loss_weight = loss_weight
+        self.path, self.prediction, self.loss_weight = path, prediction, loss_weight
         needs_eps = prediction != "velocity" or not path.finite_derivatives
         self.train_eps = (path.default_train_eps if needs_eps else 0.0) if train_eps is None else train_eps
         self.sample_eps = (path.default_sample_eps if needs_eps else 0.0) if sample_eps is None else sample_eps
@@ -101,8 +97,7 @@ class Transport:
 
         x1 is data (N, ...), float32 or float64; `model_kwargs` are more arguments of the model, such as dict(y=labels);
         t (N,) and x0 are times and noise, for callers that draw them. Return a dict: 'loss' (N,), a mean over all other
-        dimensions; 'pred' and 'xt' (N, ...), the model's output and input.
-        """
+        dimensions; 'pred' and 'xt' (N, ...), the model's output and input."""
         if (t is None) != (x0 is None):
             raise ValueError("give both t and x0, or none of them")
         if t is None:

@@ -8,8 +8,7 @@
         manifest.json         size and SHA-256 of each of these files
 
 A checkpoint is written under another name and renamed when all of it is on the disk, so a folder named checkpoint-* was
-complete; the manifest says whether it still is.
-"""
+complete; the manifest says whether it still is."""
 
 import argparse
 import contextlib
@@ -34,7 +33,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from models import SIZES
 from utils import distributed, files
-from utils.errors import named, one_line
 
 STATE_FILE, MANIFEST = "trainer_state.json", "manifest.json"
 WHOLE_FILES = ("model.safetensors", "ema.pt", STATE_FILE)
@@ -46,8 +44,7 @@ class Writer:
     """Writes the checkpoints of a run while training continues; all ranks make one and call it together.
 
     It keeps the newest `keep_last` (None: all) and those whose step is a multiple of `keep_every`. `report` is called
-    on rank 0, from another thread, with a line of text for each checkpoint, written or failed.
-    """
+    on rank 0, from another thread, with a line of text for each checkpoint, written or failed."""
 
     def __init__(self, output_dir, keep_last=None, keep_every=None, report=print):
         self.output_dir, self.report = pathlib.Path(output_dir), report
@@ -65,8 +62,7 @@ class Writer:
         """Copy the content of checkpoint-{step}, begin to write it, and return the seconds for which training waited.
 
         `model` is not wrapped by DDP. `emas` is {name: module}, `losses` {name: (module, its optimizer or None)}, and
-        `state` the content of trainer_state.json: plain data with the keys 'model', 'transport' and 'latents'.
-        """
+        `state` the content of trainer_state.json: plain data with the keys 'model', 'transport' and 'latents'."""
         start = time.perf_counter()
         self.finish()
         final = self.output_dir / f"checkpoint-{step}"
@@ -101,7 +97,7 @@ class Writer:
         except (Exception, CheckpointException) as error:  # a full disk shows as one of many kinds
             if isinstance(error, CheckpointException):  # holds the error of each rank, with tracebacks
                 error = next(iter(error.failures.values()))[0]
-            self.report(f"{final.name} was not written: {one_line(error)}; training continues, earlier ones are intact")
+            self.report(f"{final.name} was not written: {files.one_line(error)}; earlier ones are intact")
             return False
         self._prune()
         seconds = time.perf_counter() - start
@@ -149,7 +145,7 @@ def _write_manifest(folder):
 def check(folder, names=None):
     """Raise ValueError naming the first of a checkpoint's files `names`, or of all, that is not as in the manifest."""
     folder = pathlib.Path(folder)
-    with named(f"{folder / MANIFEST} is missing or damaged", (OSError, ValueError, KeyError, TypeError)):
+    with files.named(f"{folder / MANIFEST} is missing or damaged", (OSError, ValueError, KeyError, TypeError)):
         entries = json.loads((folder / MANIFEST).read_text())["files"]
         expected = {name: dict(entries[name]) for name in names or {*entries, *WHOLE_FILES}}
         problems = (files.problem_with(folder / name, entry) for name, entry in expected.items())
@@ -180,7 +176,7 @@ def find_latest(output_dir, names=None):
 def read_state(folder):
     """Return trainer_state.json of a checkpoint folder as a dict. Raise ValueError if it is damaged."""
     path = pathlib.Path(folder) / STATE_FILE
-    with named(f"{path} is damaged or not of train.py", (OSError, ValueError, KeyError, TypeError)):
+    with files.named(f"{path} is damaged or not of train.py", (OSError, ValueError, KeyError, TypeError)):
         state = json.loads(path.read_text())
         if not all(isinstance(state[part], dict) for part in ("model", "transport", "latents")):
             raise ValueError("'model', 'transport' and 'latents' must be objects")
@@ -194,8 +190,7 @@ def load_training(folder, model, emas, optimizer, losses=None):
     """Load an intact checkpoint, which all ranks can read, into what `Writer.save` takes; all ranks call it together.
 
     The number of ranks and sharding may differ. Return a line for each EMA that the checkpoint lacks, which starts
-    from the trained weights, and each loss, which keeps its initial weights. Raise ValueError if weights do not fit.
-    """
+    from the trained weights, and each loss, which keeps its initial weights. Raise ValueError if weights do not fit."""
     rank, path, notes, known = distributed.rank(), folder / "model.safetensors", [], {}
     weights = read_safetensors(path) if rank == 0 else {}
     place(model, weights, path)
@@ -243,15 +238,9 @@ def check_fit(expected, state_dict, source):
             raise ValueError(f"{source} does not fit the model: {key} is {actual}, and must be {wanted}")
 
 
-def load_into(model, state_dict, source):
-    """Load a state dict into a model of this process. Raise ValueError, naming `source`, if it does not fit."""
-    check_fit(model.state_dict(), state_dict, source)
-    model.load_state_dict(state_dict)
-
-
 def read_safetensors(path):
     """Return the tensors of a .safetensors file as a dict. Raise ValueError if it cannot be read."""
-    with named(f"{path} is not a readable .safetensors file", (safetensors.SafetensorError, OSError)):
+    with files.named(f"{path} is not a readable .safetensors file", (safetensors.SafetensorError, OSError)):
         return safetensors.torch.load_file(path)
 
 
@@ -264,7 +253,7 @@ def read_pt(path):
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; it was not loaded") from error
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(f"{path} is not a readable PyTorch file: {one_line(error, 200)}") from error
+        raise ValueError(f"{path} is not a readable PyTorch file: {files.one_line(error, 200)}") from error
 
 
 @dataclasses.dataclass
@@ -281,8 +270,7 @@ def load_weights(path, ema="ema"):
     """Load the weights at `path`, EMA weights where there are any. Raise ValueError if nothing readable is there.
 
     `path` is a run folder (its latest checkpoint), a checkpoint folder, a .safetensors file, or a .pt file: a bare
-    state dict or the official code's {'model', 'ema', 'opt', 'args'}. `ema` is the name of the EMA in a folder.
-    """
+    state dict or the official code's {'model', 'ema', 'opt', 'args'}. `ema` is the name of the EMA in a folder."""
     path, names = pathlib.Path(path), [f"{ema}.pt", STATE_FILE]
     if path.is_dir() and (path / STATE_FILE).is_file():
         check(path, names)
@@ -317,8 +305,7 @@ def load_weights(path, ema="ema"):
 def model_config_from_shapes(state_dict):
     """Return the arguments of SiT that the shapes of its weights determine. Raise ValueError if they are not a SiT's.
 
-    A null class is assumed, as in all released weights. num_heads is missing unless the width is one of `SIZES`.
-    """
+    A null class is assumed, as in all released weights. num_heads is missing unless the width is one of `SIZES`."""
     try:
         tokens, hidden_size = state_dict["pos_embed"].shape[1:]
         in_channels, patch_size = state_dict["x_embedder.proj.weight"].shape[1:3]

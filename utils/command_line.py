@@ -15,12 +15,14 @@ import yaml
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that accepts no abbreviations and reports an error as one line, with exit code 2.
 
-    With a flag --config (`add_config_flag`), the keys of the YAML file that it names are read as flags in front of the
-    command line: both are checked alike, and the command line wins.
-    """
+    With a flag --config (`with_config`), the keys of the YAML file that it names are read as flags in front of the
+    command line: both are checked alike, and the command line wins."""
 
-    def __init__(self, description):
+    def __init__(self, description, with_config=False):
         super().__init__(description=description, allow_abbrev=False)
+        if with_config:
+            text = "read flags from a YAML file of 'flag: value' lines; flags on the command line win"
+            self.add_argument("--config", metavar="FILE.yaml", help=text)
 
     def error(self, message):
         rank = os.environ.get("RANK", "0")
@@ -143,8 +145,7 @@ def one_of(*choices):
 def flag_group(parser, title, description=None):
     """Add a group of flags, and return `add`, which adds a flag to it, with the default behind the help `text`.
 
-    A flag whose `parse` is None takes no value: 'store_true', or as `action` says. `alias` is another name of it.
-    """
+    A flag whose `parse` is None takes no value: 'store_true', or as `action` says. `alias` is another name of it."""
     group = parser.add_argument_group(title, description)
 
     def add(flag, parse, metavar, text, default=None, alias=None, **more):
@@ -155,9 +156,3 @@ def flag_group(parser, title, description=None):
         return group.add_argument(*names, type=parse, metavar=metavar, help=text, default=default, **more)
 
     return add
-
-
-def add_config_flag(parser):
-    """Add --config, which `Parser` treats specially."""
-    text = "read flags from a YAML file of 'flag: value' lines; flags on the command line win"
-    parser.add_argument("--config", metavar="FILE.yaml", help=text)

@@ -132,8 +132,7 @@ def mesh(device, shard_size):
 def shard(model, mesh, dtype=torch.float32):
     """Shard a module, which may be on the meta device, over the ranks of `mesh` by FSDP2, in place.
 
-    Each module in its `blocks`, if it has them, is gathered while it computes, in `dtype`; all else is float32.
-    """
+    Each module in its `blocks`, if it has them, is gathered while it computes, in `dtype`; all else is float32."""
     # FSDP2 warns of an output that is a view, lest it is changed in place; the model's is, and nothing changes it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     for module in (*getattr(model, "blocks", ()), model):
@@ -158,8 +157,7 @@ def replicate(model, device):
 def accumulate(modules, is_last):
     """Context of a micro-batch's forward and backward: replicas reduce gradients with the last micro-batch alone.
 
-    Shards reduce them with each micro-batch: a rank has no room for whole gradients.
-    """
+    Shards reduce them with each micro-batch: a rank has no room for whole gradients."""
     for module in modules:
         if isinstance(module, FSDPModule):
             module.set_requires_all_reduce(is_last)

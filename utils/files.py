@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: written under another name, flushed to the disk, then renamed."""
+"""Files that are either complete or absent: written under another name, flushed, then renamed; errors as one line."""
 
 import contextlib
 import fcntl
@@ -12,10 +12,23 @@ import zipfile
 
 import numpy as np
 
-from utils.errors import named
-
 LOCK = ".lock"
 _locks = []  # a lock is held while its file is open
+
+
+def one_line(error, most=300):
+    """Return an error's text as one line of at most `most` characters; the name of its type where it has no text."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+@contextlib.contextmanager
+def named(name, kinds=OSError):
+    """Context that turns errors of these kinds into a ValueError of one line that begins with `name`."""
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ValueError(f"{name}: {reason}") from error
 
 
 def partial_name(path):
@@ -89,8 +102,7 @@ def lock(folder, problem, patience=10):
     """Lock a folder until this process ends, by a lock on a file in it. Return the open file.
 
     Raise ValueError(problem) if another process still has the lock after `patience` seconds, in which the ranks of a
-    killed run can be expected to end, and OSError if the folder does not exist or cannot be written to.
-    """
+    killed run can be expected to end, and OSError if the folder does not exist or cannot be written to."""
     file = open(folder / LOCK, "a+")
     _locks.append(file)
     for _ in range(1 + int(patience / 0.2)):

@@ -14,7 +14,6 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from utils import files
-from utils.errors import named
 
 TIMEOUT_SECONDS = 10
 # S, B and L at 800K steps, XL at 256x256 and at 512x512.
@@ -29,7 +28,7 @@ def require(what, url=None):
         raise ValueError(f"cannot fetch {what}: HF_HUB_OFFLINE is set, and it is not in the cache")
     url = url or constants.ENDPOINT
     # An HTTPError is an answer: the request that follows will tell more.
-    with named(f"cannot fetch {what}: {url} cannot be reached"), contextlib.suppress(urllib.error.HTTPError):
+    with files.named(f"cannot fetch {what}: {url} cannot be reached"), contextlib.suppress(urllib.error.HTTPError):
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_SECONDS)
 
 
@@ -37,8 +36,7 @@ def resolve(name_or_path):
     """Return the local path of weights, fetched once. Raise ValueError if there are none, or they cannot be fetched.
 
     `name_or_path` is a path; a released model, as 'SiT-XL/2-256', 'SiT-XL-2-256x256.pt' or a file's name in the
-    repository; or an http(s) URL, with '#sha256=HEX' at its end to have it verified.
-    """
+    repository; or an http(s) URL, with '#sha256=HEX' at its end to have it verified."""
     name, repository = str(name_or_path), RELEASED_REPOSITORY
     if pathlib.Path(name).exists():
         return pathlib.Path(name)
@@ -54,14 +52,14 @@ def resolve(name_or_path):
     if len(matches) == 1:
         return cached[matches[0]]
     require(repository)
-    with named(f"cannot list {repository} on the hub", Exception):  # the client's errors, and its HTTP library's
+    with files.named(f"cannot list {repository} on the hub", Exception):  # the client's errors, and its HTTP library's
         listing = huggingface_hub.list_repo_files(repository)
     matches = match_released(name, listing)
     if len(matches) != 1:
         problem = "several files fit" if matches else "no file fits"
         names = matches or [file for file in listing if file.endswith(WEIGHTS_SUFFIXES)]
         raise ValueError(f"{name}: {problem} in {repository}; name one of {', '.join(names)}")
-    with named(f"cannot fetch {matches[0]} of {repository}", Exception):
+    with files.named(f"cannot fetch {matches[0]} of {repository}", Exception):
         return pathlib.Path(huggingface_hub.hf_hub_download(repository, matches[0]))
 
 
@@ -86,7 +84,7 @@ def fetch_url(url):
     key = hashlib.sha256(address.encode()).hexdigest()[:12]
     path = folder / f"{key}-{pathlib.PurePosixPath(urllib.parse.urlparse(address).path).name}"
     if not path.is_file():
-        with named(f"cannot fetch {address}"):
+        with files.named(f"cannot fetch {address}"):
             folder.mkdir(parents=True, exist_ok=True)
             with files.written_whole(path) as partial:
                 torch.hub.download_url_to_file(address, str(partial))

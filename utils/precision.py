@@ -16,8 +16,7 @@ def resolve_precision(precision, device, on_gpu):
     """Return the precision to compute in, one of DTYPES, and set how PyTorch multiplies float32 matrices.
 
     None is fp32 on a CPU, and `on_gpu` on a GPU, or fp32 if that is bf16 and the GPU lacks it. With bf16, products
-    that stay float32, such as an autoencoder's, use TF32. Raise ValueError for tf32 on a CPU.
-    """
+    that stay float32, such as an autoencoder's, use TF32. Raise ValueError for tf32 on a CPU."""
     if device.type != "cuda":
         if precision == "tf32":
             raise ValueError("--precision tf32 needs a CUDA GPU; fp32 and bf16 run on a CPU, too")
@@ -62,8 +61,7 @@ def compile_training(model, parallel):
     """Compile the forward pass as one graph, in place; under FSDP block by block, so that gathering is not traced.
 
     The label embedding is not compiled: threads would sum its gradient in an order that varies, and a resumed run
-    would not end with the same bytes.
-    """
+    would not end with the same bytes."""
     if parallel == "fsdp":
         for block in model.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
@@ -75,8 +73,7 @@ def prepare_inference(model, device, precision, compiled):
     """Convert the blocks of a model that is not trained to `precision`, and compile its forward pass, in place.
 
     Call the model under `autocast`. On a GPU the compiled pass is recorded as CUDA graphs, one for each batch size;
-    the next call overwrites their output.
-    """
+    the next call overwrites their output."""
     choose_attention(model, device, precision)
     model.blocks.to(DTYPES[precision])
     if compiled:

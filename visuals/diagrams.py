@@ -4,8 +4,7 @@
     python -m visuals.diagrams results/Linear results/GVP results/VP
 
 visuals/paths.png shows alpha and sigma of each path, and the loss of its velocity model over t. The targets differ, so
-losses of two paths do not compare. visuals/trajectories.png shows digits along an ODE and an SDE of the first run.
-"""
+losses of two paths do not compare. visuals/trajectories.png shows digits along an ODE and an SDE of the first run."""
 
 import json
 import pathlib
@@ -23,11 +22,11 @@ from utils.command_line import Parser, user_errors
 
 FOLDER = pathlib.Path(__file__).parent
 CLASSES, CFG_SCALE = (2, 3, 5), 1.5
-SOLVERS = {
-    "ODE": dict(sampling_method="heun2", num_steps=101),
-    "SDE": dict(diffusion_form="sigma", last_step_size=0.04, num_steps=97),
-}
-SHOWN = (*range(0, 97, 12), -1)  # of the states of both, at t = 0, 0.01 ... 0.96 and 1
+SOLVERS = {"ODE": dict(sampling_method="heun2", num_steps=101), "SDE": dict(diffusion_form="sigma", num_steps=97)}
+SHOWN = (
+    *range(0, 97, 12),
+    -1,
+)  # indices of states; those of both solvers are at t = 0, 0.01 ... 0.96, and the last at 1
 
 
 def loss_over_time(run):
@@ -41,14 +40,14 @@ def draw_paths(paths, losses):
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", facecolor="white")
     t, names = torch.linspace(0, 1, 201, dtype=torch.float64), {kind: name for name, kind in PATHS.items()}
     for i, (path, loss) in enumerate(zip(paths, losses, strict=True)):
-        left.plot(t, path.alpha(t), color=f"C{i}")
-        left.plot(t, path.sigma(t), color=f"C{i}", linestyle="--")
-        right.plot((np.arange(len(loss)) + 0.5) / len(loss), loss, color=f"C{i}", marker="o", label=names[type(path)])
+        left.plot(t, path.alpha(t), f"C{i}-", t, path.sigma(t), f"C{i}--")
+        middles = (np.arange(len(loss)) + 0.5) / len(loss)
+        right.plot(middles, loss, f"C{i}o-", markersize=4, label=names[type(path)])
     left.plot([], [], color="grey", label="α(t), of the data $x_1$")
     left.plot([], [], color="grey", linestyle="--", label="σ(t), of the noise $x_0$")
     left.set(title="$x_t = α(t)\\, x_1 + σ(t)\\, x_0$", ylim=(-0.02, 1.2))
     left.legend(ncols=2, loc="upper center", frameon=False)
-    right.set(title="loss of velocity models over t, digits", yscale="log")
+    right.set(title="velocity loss on the digits", yscale="log")
     right.legend(frameon=False)
     for axes in (left, right):
         axes.set(xlabel="t (0: noise, 1: data)", xlim=(0, 1))
