@@ -289,15 +289,15 @@ def test_sampling_takes_no_more_memory_for_more_steps(tmp_path):
     """The peak of a whole process, in which 250 states of 2 MiB would be more than all the rest if they were kept."""
     script = tmp_path / "peak.py"
     script.write_text(
-        "import torch, measuring\n"
+        "import measuring, torch\n"
         "from transport import Sampler, create_transport\n"
         "for num_steps in (10, 250):\n"
         "    sample = Sampler(create_transport()).sample_sde(num_steps=num_steps, diffusion_form='sigma')\n"
         "    sample(torch.randn(512, 4, 16, 16), lambda x, t: x)\n"
         "    print(measuring.peak_memory(torch.device('cpu')))\n"
     )
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, script]
-    output = subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout
+    # As for a benchmark that is run from another folder: `measuring` puts the repository on the import path.
+    options = dict(env={"PYTHONPATH": str(ROOT / "benchmarks"), "PATH": "/usr/bin:/bin"}, cwd=tmp_path)
+    output = subprocess.run([sys.executable, script], **options, capture_output=True, check=True, text=True).stdout
     peak, peak_of_more_steps = map(int, output.split())
     assert peak_of_more_steps < 1.05 * peak
