@@ -254,7 +254,8 @@ def losses_of(runner, row, steps):
     if losses is None:  # outside the handler, where the exception keeps tensors alive
         torch.cuda.empty_cache()
         return None
-    print(f"{row.name}: {time.perf_counter() - start:.0f} s for {steps} steps, with compilation", file=sys.stderr)
+    what = f"{steps} steps and compilation" if row.compiled else f"{steps} steps"
+    print(f"{row.name}: {time.perf_counter() - start:.0f} s for {what}", file=sys.stderr)
     return losses
 
 

@@ -1,10 +1,10 @@
-"""Kill runs at random moments and see that the same command continues them to the same bytes.
+"""Kill runs at random moments and check that the same command resumes them to the same bytes.
 
     python tests/kill_and_continue.py --kills 5 --checkpoint-kills 20
 
 The first number is of kills at any moment of a run of 40 steps, for one process, DDP and FSDP2 on two ranks each; the
 second of kills while a checkpoint is being written, one after the other in one run. Ends with exit code 1 at the first
-run that did not come out as the one that nothing happened to.
+run that did not end as an uninterrupted one.
 """
 
 import argparse

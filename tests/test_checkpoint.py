@@ -111,7 +111,7 @@ def test_checkpoints_are_kept_by_number_and_by_step(saved):
 
 
 @pytest.mark.parametrize("where", ["safetensors", "torch", "dcp", "folder"])
-def test_a_failed_write_is_said_and_leaves_what_was_there(saved, where, monkeypatch):
+def test_a_failed_write_is_reported_and_keeps_earlier_checkpoints(saved, where, monkeypatch):
     folder, model, ema, optimizer = saved
 
     def full(*args, **kwargs):

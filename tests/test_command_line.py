@@ -149,7 +149,7 @@ def test_mistakes_in_sampling(arguments, message, capsys, monkeypatch, digits_ru
     assert message in fail("sample", ["--ckpt", digits_run, *arguments], capsys, monkeypatch)
 
 
-def test_weights_that_are_not_there_or_not_told_enough_about(capsys, monkeypatch, tmp_path):
+def test_weights_that_are_missing_or_not_described_enough(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no such checkpoint" in fail("sample", ["--ckpt", tmp_path / "no.pt"], capsys, monkeypatch)
     assert "no checkpoint in" in fail("sample", ["--ckpt", tmp_path], capsys, monkeypatch)

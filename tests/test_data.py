@@ -118,7 +118,7 @@ def test_every_epoch_is_a_permutation_and_epochs_differ():
 def test_the_global_batch_does_not_depend_on_ranks_or_micro_batches():
     one = sum(take(6, micro=24), [])
     assert sum(take(18, micro=8), []) == one
-    ranks = [take(12, micro=6, rank=rank, world_size=2) for rank in range(2)]  # 2 micro batches a step
+    ranks = [take(12, micro=6, rank=rank, world_size=2) for rank in range(2)]  # 2 micro-batches per step
     steps = [ranks[0][2 * s] + ranks[0][2 * s + 1] + ranks[1][2 * s] + ranks[1][2 * s + 1] for s in range(6)]
     assert sum(steps, []) == one
 

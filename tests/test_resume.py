@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, damaged or continued on other ranks: they go on as if nothing had happened."""
+"""Runs that are killed, stopped, damaged or resumed on other ranks end as if nothing had happened."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The folders of runs that nothing happened to, made when they are asked for: {way: folder}."""
+    """A function of the way to run that returns the folder of an uninterrupted run, made at its first call."""
     folders = {}
 
     def of(way):
@@ -73,9 +73,9 @@ def uninterrupted(tmp_path_factory):
 def kill(script, folder, after):
     """SIGKILL all ranks of a script when its log says step `after`; whether it was alive then."""
     deadline = time.monotonic() + 120
-    figures = folder / "metrics.jsonl"
+    metrics_file = folder / "metrics.jsonl"
     while time.monotonic() < deadline and script.alive():
-        if figures.exists() and figures.read_text().count("\n") >= after:
+        if metrics_file.exists() and metrics_file.read_text().count("\n") >= after:
             break
         time.sleep(0.002)
     alive = script.alive()
@@ -85,7 +85,7 @@ def kill(script, folder, after):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_killed_run_goes_on_to_the_same_bytes(way, uninterrupted, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(way, uninterrupted, tmp_path):
     expected = uninterrupted(way)
     after = random.randrange(1, STEPS - 2)
     assert kill(train(tmp_path, way), tmp_path, after), f"not alive at step {after}"
@@ -125,7 +125,7 @@ def test_groups_of_shards_and_shards_of_uneven_size(processes, more, tmp_path):
 @pytest.mark.parametrize(
     "first, then", [("fsdp", "one process"), ("one process", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")]
 )
-def test_a_run_goes_on_on_other_ranks(first, then, uninterrupted, tmp_path):
+def test_a_run_resumes_on_other_ranks(first, then, uninterrupted, tmp_path):
     finish(train(tmp_path, first, "--max-steps", 20))
     result = finish(train(tmp_path, then))
     assert f"continuing from {tmp_path}/checkpoint-20" in result.stdout
@@ -135,9 +135,9 @@ def test_a_run_goes_on_on_other_ranks(first, then, uninterrupted, tmp_path):
 
 def wait_for_step(script, folder, step):
     """Wait until the run has logged a step."""
-    figures = folder / "metrics.jsonl"
+    metrics_file = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not figures.exists() or figures.read_text().count("\n") < step:
+    while not metrics_file.exists() or metrics_file.read_text().count("\n") < step:
         assert script.alive() and time.monotonic() < deadline, script.wait().stderr
         time.sleep(0.01)
 
@@ -145,7 +145,7 @@ def wait_for_step(script, folder, step):
 @pytest.mark.parametrize(
     "way, number", [("one process", signal.SIGINT), ("ddp", signal.SIGTERM), ("fsdp", signal.SIGTERM)]
 )
-def test_a_signal_saves_the_step_and_the_run_goes_on(way, number, uninterrupted, tmp_path):
+def test_a_signal_saves_the_step_and_the_run_resumes(way, number, uninterrupted, tmp_path):
     endless = [*TINY, "--max-steps", 10**6, "--num-workers", 1]
     script = train(tmp_path, way, flags=endless)
     wait_for_step(script, tmp_path, 5)
@@ -171,8 +171,8 @@ def test_a_rank_that_dies_ends_the_others(way, tmp_path):
 def test_torchrun_starts_a_run_again_that_lost_a_rank(uninterrupted, tmp_path):
     """Half of --max-restarts' promise is torchrun's; the other half is that the same command resumes the run."""
     process = start_torchrun("--max-restarts=1", *FLAGS, "--max-steps", 400, "--parallel", "ddp", folder=tmp_path)
-    figures = tmp_path / "metrics.jsonl"
-    while not figures.exists() or figures.read_text().count("\n") < 15:
+    metrics_file = tmp_path / "metrics.jsonl"
+    while not metrics_file.exists() or metrics_file.read_text().count("\n") < 15:
         assert process.poll() is None
         time.sleep(0.01)
     workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -186,8 +186,8 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(uninterrupted, tmp_path):
 
 def test_ranks_end_with_torchrun(tmp_path):
     process = start_torchrun(*TINY, "--max-steps", 10**6, folder=tmp_path)
-    figures = tmp_path / "metrics.jsonl"
-    while not figures.exists() or figures.read_text().count("\n") < 3:
+    metrics_file = tmp_path / "metrics.jsonl"
+    while not metrics_file.exists() or metrics_file.read_text().count("\n") < 3:
         assert process.poll() is None
         time.sleep(0.01)
     workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -254,7 +254,7 @@ def test_changed_flags_are_named_and_win(uninterrupted, tmp_path):
     assert last["learning_rate"] == 0.5 and last["samples_seen"] == 40 * 16 + 32
 
 
-def test_a_run_can_go_on_from_a_checkpoint_in_another_folder(uninterrupted, tmp_path):
+def test_a_run_can_resume_from_a_checkpoint_in_another_folder(uninterrupted, tmp_path):
     source = uninterrupted("one process")
     finish(train(tmp_path, "one process", "--resume", source / "checkpoint-20"))
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(21, 41))
@@ -381,13 +381,13 @@ def test_a_step_that_is_left_out_changes_no_weight(tmp_path):
     latents = write_latents(tmp_path / "latents", bad=range(64))
     flags = [*LATENT_FLAGS, "--data-path", latents, "--max-steps", 1, "--ema-decay", 0.5, "--weight-decay", 0.5]
     finish(train(tmp_path / "run", "one process", flags=flags))
-    weights, average = (
+    weights, ema = (
         load_weights(tmp_path / "run" / "checkpoint-1" / name).state_dict for name in ("model.safetensors", "ema.pt")
     )
     torch.manual_seed(0)
     initial = SiT(**checkpoint.read_state(tmp_path / "run" / "checkpoint-1")["model"]).state_dict()
     for key, value in initial.items():
-        assert torch.equal(weights[key], value) and torch.allclose(average[key], value)
+        assert torch.equal(weights[key], value) and torch.allclose(ema[key], value)
 
 
 @pytest.mark.parametrize("way", ["one process", "ddp"])

@@ -106,7 +106,7 @@ def test_guidance_equals_its_formula_and_scale_one_runs_no_unconditional_half(pi
         assert (inside.forward_passes, outside.forward_passes) == (2, 1)
 
 
-def test_noise_is_standard_normal_and_each_image_has_its_own():
+def test_noise_is_standard_normal_and_independent_between_images():
     noise = ImageNoise(0, range(64), CPU).draw((4, 32, 32))
     assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
     correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(64)

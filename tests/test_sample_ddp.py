@@ -83,7 +83,7 @@ def test_what_was_killed_is_continued(mode, digits_run, of_one_process, tmp_path
     assert (tmp_path / "killed.npz").stat().st_mtime_ns == before
 
 
-def test_other_settings_do_not_go_on_with_what_is_there(digits_run, of_one_process, tmp_path):
+def test_other_settings_do_not_continue_existing_shards(digits_run, of_one_process, tmp_path):
     copy_folder(of_one_process, tmp_path)
     for change, message in (
         (dict(cfg_scale=2), "made with cfg_scale 1.5, not 2.0"),
@@ -113,7 +113,7 @@ def half_made(output):
     return parts, images
 
 
-def test_a_damaged_part_is_drawn_anew(digits_run, tmp_path):
+def test_a_damaged_shard_is_drawn_again(digits_run, tmp_path):
     words = flags(digits_run, tmp_path / "a.npz", count=30, batch=10)
     draw(*words)
     parts, images = half_made(tmp_path / "a.npz")
@@ -126,7 +126,7 @@ def test_a_damaged_part_is_drawn_anew(digits_run, tmp_path):
 
 
 def test_pngs_and_counts_are_complete_after_a_stop(digits_run, tmp_path):
-    """PNGs that were not asked for at first, or not written before a kill; what parts say of their network calls."""
+    """PNGs that an earlier call did not write, or that a kill left out; NFE are read from the shards' names."""
     words = flags(digits_run, tmp_path / "a.npz", count=30, batch=10)
     draw(*words)
     _, images = half_made(tmp_path / "a.npz")
@@ -153,7 +153,7 @@ def test_one_process_at_a_time_writes_an_output(digits_run, tmp_path):
     script.wait()
 
 
-def test_another_autoencoder_does_not_go_on(small_vae, tmp_path):
+def test_another_autoencoder_does_not_continue(small_vae, tmp_path):
     """The same weights with a VAE of other weights, or of another scale, make other images."""
     from diffusers import AutoencoderKL
 
@@ -230,7 +230,7 @@ def test_likelihood_points_elsewhere(digits_run, tmp_path):
     assert "likelihood.py" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_labels_do_not_depend_on_how_many_there_are():
+def test_labels_do_not_depend_on_their_number():
     some, more = (draw_labels(count, 1000, 3, False) for count in (100, 5000))
     assert np.array_equal(some, more[:100])
     assert not np.array_equal(some, draw_labels(100, 1000, 4, False))

@@ -11,7 +11,7 @@ from sampling.pipeline import Pipeline
 from transport import create_transport
 
 
-def average_of_classes(network, x, t, y, weight):
+def mix_of_classes(network, x, t, y, weight):
     """Mix the prediction for the label with that for the next label: two forward passes, one after the other."""
     return weight * network(x, t, y) + (1 - weight) * network(x, t, (y + 1) % network.num_classes)
 
@@ -28,10 +28,10 @@ def pipeline():
 @pytest.mark.parametrize("mode, nfe", [("ODE", 4), ("SDE", 5)])
 def test_a_rule_is_drawn_with_and_its_forward_passes_are_counted(pipeline, mode, nfe):
     solver = {"sampling_method": mode.capitalize().replace("Ode", "euler").replace("Sde", "Euler"), "num_steps": 5}
-    rule = functools.partial(average_of_classes, weight=0.25)
+    rule = functools.partial(mix_of_classes, weight=0.25)
     drawn, counts = draw(pipeline, [0, 1, 2], SampleSettings(mode, solver, guidance=rule), batch_size=2)
     assert counts == {"nfe": nfe, "forward_passes": 2 * nfe}
-    # The same rule as a model of its own, without guidance.
+    # The same rule inside the model, without guidance.
     plain = pipeline.model.forward
     pipeline.model.forward = lambda x, t, y: 0.25 * plain(x, t, y) + 0.75 * plain(x, t, (y + 1) % 3)
     expected, counts = draw(pipeline, [0, 1, 2], SampleSettings(mode, solver))

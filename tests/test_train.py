@@ -61,7 +61,7 @@ def test_trainer_state_says_how_to_build_everything_again(digits_run):
     model.load_state_dict(load_weights(digits_run).state_dict)
 
 
-def test_weights_train_and_the_average_follows(digits_run):
+def test_weights_train_and_the_ema_follows(digits_run):
     states = [load_weights(digits_run / f"checkpoint-6/{name}").state_dict for name in ("model.safetensors", "ema.pt")]
     earlier = load_weights(digits_run / "checkpoint-3/ema.pt").state_dict
     key = "final_layer.linear.weight"
@@ -69,11 +69,11 @@ def test_weights_train_and_the_average_follows(digits_run):
     assert torch.equal(states[0]["pos_embed"], states[1]["pos_embed"])
 
 
-def test_learning_rate_decay_and_average_are_those_of_the_flags(tmp_path):
+def test_learning_rate_weight_decay_and_ema_are_those_of_the_flags(tmp_path):
     """Adam's first step has size lr for every weight with a gradient; weight decay shrinks the others; EMA follows."""
     flags = ["--max-steps", 1, "--lr", 0.01, "--weight-decay", 0.5, "--ema-decay", 0.75, "--no-ema-warmup"]
     losses(tmp_path, *flags, steps=1)
-    trained, average = (
+    trained, ema = (
         load_weights(tmp_path / "checkpoint-1" / name).state_dict for name in ("model.safetensors", "ema.pt")
     )
     torch.manual_seed(0)
@@ -84,17 +84,17 @@ def test_learning_rate_decay_and_average_are_those_of_the_flags(tmp_path):
     key = "blocks.0.attn.qkv.weight"  # behind closed gates: no gradient, so the decay is all that happens
     torch.testing.assert_close(trained[key], initial[key] * (1 - 0.01 * 0.5))
     for key in trained:
-        torch.testing.assert_close(average[key], 0.75 * initial[key] + 0.25 * trained[key])
+        torch.testing.assert_close(ema[key], 0.75 * initial[key] + 0.25 * trained[key])
 
 
 def test_ema_is_the_recursion_of_its_definition():
-    average, parameters = [torch.randn(2, 2), torch.randn(3)], [torch.randn(2, 2), torch.randn(3)]
-    expected = [0.9 * a + 0.1 * p for a, p in zip(average, parameters, strict=True)]
-    update_ema(average, parameters, 0.9)
-    torch.testing.assert_close(average, expected)
+    ema, parameters = [torch.randn(2, 2), torch.randn(3)], [torch.randn(2, 2), torch.randn(3)]
+    expected = [0.9 * a + 0.1 * p for a, p in zip(ema, parameters, strict=True)]
+    update_ema(ema, parameters, 0.9)
+    torch.testing.assert_close(ema, expected)
 
 
-def test_a_young_average_forgets_faster():
+def test_a_young_ema_forgets_faster():
     ema = EMA("ema", 0.9999)
     assert [ema.decay_at(step) for step in (0, 8)] == [2 / 11, 10 / 19]
     assert ema.decay_at(10**6) == EMA("ema", 0.9999, warmup=False).decay_at(0) == 0.9999
@@ -335,36 +335,36 @@ def test_trackers_are_asked_for_by_name(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_figures_and_grids_reach_the_trackers(tmp_path):
-    """Stand-ins that keep what they are told: neither tracker is among the requirements."""
+def test_metrics_and_grids_reach_the_trackers(tmp_path):
+    """A stand-in that records its calls: neither tracker is among the requirements."""
 
     class Writer:
         def __init__(self, folder, purge_step):
-            self.told = [(str(folder), purge_step)]
+            self.calls = [(str(folder), purge_step)]
 
-        def add_scalar(self, *told):
-            self.told.append(told)
+        def add_scalar(self, *call):
+            self.calls.append(call)
 
         def add_image(self, tag, picture, step, dataformats):
-            self.told.append((tag, picture.shape, step, dataformats))
+            self.calls.append((tag, picture.shape, step, dataformats))
 
         def close(self):
-            self.told.append("closed")
+            self.calls.append("closed")
 
     tracker = TensorBoard(types.SimpleNamespace(SummaryWriter=Writer), tmp_path, 7, {})
     log = RunLog(tmp_path, 7, [tracker])
-    figures = dict(loss=1.5, gradient_norm=2.0, images_per_second=3.0, data_wait=0.1, mfu=None, bad_steps=0)
-    log.metrics(figures | dict(step=8, loss_by_time=[None, 0.5] + [None] * 8))
+    metrics = dict(loss=1.5, gradient_norm=2.0, images_per_second=3.0, data_wait=0.1, mfu=None, bad_steps=0)
+    log.metrics(metrics | dict(step=8, loss_by_time=[None, 0.5] + [None] * 8))
     log.grid(torch.zeros(6, 64, 64, 1, dtype=torch.uint8), 3, 8)
     log.close()
-    told = tracker.writer.told
-    assert told[0] == (str(tmp_path / "tensorboard"), 8) and told[-1] == "closed"
+    calls = tracker.writer.calls
+    assert calls[0] == (str(tmp_path / "tensorboard"), 8) and calls[-1] == "closed"
     assert (
-        ("loss", 1.5, 8) in told
-        and ("loss_by_time/0.1", 0.5, 8) in told
-        and ("samples", (134, 200, 3), 8, "HWC") in told
+        ("loss", 1.5, 8) in calls
+        and ("loss_by_time/0.1", 0.5, 8) in calls
+        and ("samples", (134, 200, 3), 8, "HWC") in calls
     )
-    assert not any(entry[0] in ("mfu", "loss_by_time/0.0") for entry in told)
+    assert not any(entry[0] in ("mfu", "loss_by_time/0.0") for entry in calls)
 
 
 def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, capsys):
