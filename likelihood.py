@@ -112,7 +112,7 @@ def bits_of_examples(batch, indices, pipeline, solver, seed):
     noise = ImageNoise(seed, [indices[row] for row in good], pipeline.device)
     space, shape = pipeline.space, pipeline.latent_shape
     if space.in_pixels:  # dequantized: each of 256 levels in [-1, 1] is spread over its width
-        x = batch["images"] + (noise.uniform(shape) - 0.5) / 127.5
+        x = batch["images"] + (noise.draw(shape, "random") - 0.5) / 127.5
     else:
         x = space.sample(batch["moments"] if "moments" in batch else space.moments(batch["images"]), noise.draw(shape))
     solver = solver | {"probe_like": lambda x: noise.randn_like(x).sign()}

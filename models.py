@@ -95,7 +95,7 @@ class SiT(nn.Module):
 
     To add an option, give __init__ a keyword argument whose default builds the network of today. A flag of train.py
     with the argument's name is passed on to it. Checkpoints store the arguments, so those without the option load as
-    what they were.
+    what they were. Buffers must be persistent: a new model is made without data, and then filled.
 
     Args:
         input_size: height and width of the input in pixels, or latent pixels; a multiple of patch_size.

@@ -17,13 +17,13 @@ from data.loader import GlobalBatchSampler
 from data.sources import DATA_FLAGS, Source, add_data_flags
 from evaluation.images import ImageBatches
 from evaluation.metrics import MOST_PIXELS, MOST_REFERENCES, Monitor
-from models import SiT, SiT_models
+from models import SiT_models
 from sampling.draw import SampleSettings, draw_labels, generate
 from sampling.flags import ODE_DEFAULTS, add_transport_flags
 from sampling.guidance import resolve_cfg_scale
 from sampling.pipeline import Pipeline, default_labels
 from training import log, losses, resume, setup
-from training.step import EMA, Trainer, batches_on_device, draw_randomness, learning_rate
+from training.step import EMA, Trainer, batches_on_device, check_emas, draw_randomness, learning_rate
 from transport import create_transport, logit_normal
 from utils import checkpoint, command_line, distributed
 from utils.checkpoint import TRANSPORT_KEYS
@@ -145,8 +145,8 @@ def main(loss_builders=(), extra_emas=()):
         )
         config = setup.resolve_config(source, args.model, options, sizes, transport, args.vae, args.skip_bad_images)
         transport = create_transport(**config["transport"])
-        with torch.device("meta"):
-            model = SiT(**config["model"])
+        model = setup.build_model(config)
+        emas = check_emas([EMA("ema", args.ema_decay, args.ema_warmup), *extra_emas])
         parallel, mesh = setup.resolve_parallel(args.parallel, args.fsdp_shard_size, model, device)
         cfg_scale = resolve_cfg_scale(args.cfg_scale, model)
         length = args.max_steps, args.epochs, args.global_batch_size, source
@@ -165,7 +165,8 @@ def main(loss_builders=(), extra_emas=()):
         resume.check_model(config, start)
         weights, notes = setup.initial_weights(config, args.global_seed, args.init_from, start)
         auxiliary = losses.build_losses(loss_builders, model, args.global_seed)
-        space = setup.open_training_space(config, source, device, args.vae_precision, args.sample_every > 0, auxiliary)
+        decodes = args.sample_every > 0 or args.eval_every > 0
+        space = setup.open_training_space(config, source, device, args.vae_precision, decodes, auxiliary)
         monitor = open_monitor(config, source, args.eval_reference, args.inception_weights, device, args.eval_every)
         open_trackers = log.import_trackers([tracker for tracker in log.TRACKERS if flags[tracker]])
         start = resume.claim_folder(output_dir, args.resume)
@@ -180,7 +181,6 @@ def main(loss_builders=(), extra_emas=()):
         run_log = log.RunLog(output_dir, start.step, trackers)
 
     # Build the model, its EMAs, its optimizer, the losses beside the main one, and the batches of this rank.
-    emas = [EMA("ema", args.ema_decay, args.ema_warmup), *extra_emas]
     adamw = dict(lr=args.lr, betas=args.betas or (0.9, 0.999), weight_decay=args.weight_decay)
     trainer = Trainer(model, transport, device, precision, emas, auxiliary, parallel, mesh, adamw)
     notes += trainer.start(weights, start.folder, args.grad_checkpoint, args.compile)

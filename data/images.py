@@ -44,8 +44,8 @@ def _to_pil(image):
     """Return an image as a PIL image with 8 bits per channel. Raise ValueError if its range is not known."""
     if not isinstance(image, Image.Image):
         values = np.asarray(image)
-        if values.dtype.kind == "f" and not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError("an image of floats must be in [0, 1]")
+        if values.dtype != np.uint8 and not (values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1):
+            raise ValueError("an array must be uint8, or floats in [0, 1]")
         image = to_pil_image(image)
     if image.mode.startswith("I;16"):  # PIL's own conversion would clip it
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))

@@ -109,7 +109,8 @@ def open_source(
     Return a `Source`, or `CachedLatents`. Raise ValueError if there are no such data, or their columns do not fit."""
     if data_path is None:
         raise ValueError("--data-path is missing: --help says what it can be, digits for one")
-    data_format = data_format or recognise_format(data_path)
+    with named(f"--data-path {data_path!r}"):
+        data_format = data_format or recognise_format(data_path)
     if streaming and data_format not in STREAMED_FORMATS:
         raise ValueError(f"--streaming is for {', '.join(STREAMED_FORMATS)} data; {data_path} is {data_format} data")
     if data_format in DATASETS:

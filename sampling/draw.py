@@ -78,15 +78,9 @@ class ImageNoise:
         self.generators = [np.random.default_rng([seed, index]) for index in indices]
         self.device = device
 
-    def draw(self, shape):
-        """Return the next normal numbers of each image: (N, *shape) float32."""
-        return self._to_device([g.standard_normal(shape, dtype=np.float32) for g in self.generators])
-
-    def uniform(self, shape):
-        """Return the next uniform numbers in [0, 1) of each image: (N, *shape) float32."""
-        return self._to_device([g.random(shape, dtype=np.float32) for g in self.generators])
-
-    def _to_device(self, rows):
+    def draw(self, shape, kind="standard_normal"):
+        """Return the next numbers of each image, (N, *shape) float32: normal, or by 'random' uniform in [0, 1)."""
+        rows = [getattr(generator, kind)(shape, dtype=np.float32) for generator in self.generators]
         rows = torch.stack([torch.from_numpy(row) for row in rows])
         if self.device.type == "cuda":  # copied from pinned memory, the host does not wait
             rows = rows.pin_memory()

@@ -17,7 +17,6 @@ from utils import files
 
 # Indices of the first image and of the one behind the last; NFE and forward passes per image.
 SHARD = re.compile(r"(\d+)-(\d+)\.calls-(\d+)-(\d+)\.npy")
-SETTINGS = "settings.json"
 ADVICE = "give another --output"
 
 
@@ -63,7 +62,7 @@ class Shards:
         return True
 
     def _check_or_write_settings(self, identity, save_png):
-        settings = self.folder / SETTINGS
+        settings = self.folder / "settings.json"
         if settings.is_file():
             return files.check_same_settings(settings, identity, ADVICE)
         if any(entry.name != files.LOCK for entry in self.folder.iterdir()):
@@ -126,7 +125,7 @@ class Shards:
         description = description | self.counts()
         with files.named(self.output):
             with files.written_whole(self.output) as partial:
-                with files.NpzWriter(partial) as archive:
+                with files.NpzWriter(partial, "w") as archive:
                     shards = (np.load(path, allow_pickle=False) for path in self.intact().values())
                     archive.write_array("arr_0", shards, self.count)
                     archive.write_array("arr_1", [labels], self.count)

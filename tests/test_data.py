@@ -330,7 +330,7 @@ def test_data_sets_that_do_not_fit_are_named(monkeypatch):
         raise RuntimeError("Dataset not found or corrupted.\nYou can use download=True to download it")
 
     image = np.zeros((8, 8, 3), np.uint8)
-    assert "an image of floats must be in [0, 1]" in problem(Toy(torch.full((3, 8, 8), -0.5), 0))
+    assert "an array must be uint8, or floats in [0, 1]" in problem(Toy(torch.full((3, 8, 8), -0.5), 0))
     assert "toy 0: the image cannot be read: 'float' object" in problem(Toy(image, 0.5))
     assert "toy 0: the label is missing" in problem(Toy(image, None))
     assert "toy 0: label 3 is out of range" in problem(Toy(image, 3))

@@ -69,7 +69,7 @@ def test_dequantization_and_the_bits_of_a_uniform_density(monkeypatch):
     batch = {"images": images, "y": torch.zeros(16, dtype=torch.long), "problems": [[]] * 16}
     for u in (0.0, 1.0):
         uniform = torch.full((16, 1, 4, 4), u)
-        monkeypatch.setattr(likelihood.ImageNoise, "uniform", lambda self, shape, uniform=uniform: uniform)
+        monkeypatch.setattr(likelihood.ImageNoise, "draw", lambda self, shape, kind, uniform=uniform: uniform)
         bits = likelihood.bits_of_examples(batch, range(16), pipeline, {}, seed=0)
         assert bits == pytest.approx([math.log2(255)] * 16)
     low, high = solved

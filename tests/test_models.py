@@ -187,3 +187,19 @@ def test_float64_and_gradients():
     assert x.grad.abs().max() > 0
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert not model.pos_embed.requires_grad
+
+
+def test_buffers_that_checkpoints_do_not_hold_are_refused(monkeypatch):
+    """A model is made on the meta device and filled from a state dict, so such a buffer would hold nothing."""
+    from training import setup
+
+    class Buffered(SiT):
+        def __init__(self, persistent, **sizes):
+            super().__init__(**sizes)
+            self.register_buffer("phase", torch.arange(3.0), persistent=persistent)
+
+    sizes = dict(input_size=8, hidden_size=32, depth=1, num_heads=4)
+    monkeypatch.setattr(setup, "SiT", Buffered)
+    assert setup.build_model({"model": dict(sizes, persistent=True)}).phase.is_meta
+    with pytest.raises(ValueError, match="must be persistent: phase"):
+        setup.build_model({"model": dict(sizes, persistent=False)})

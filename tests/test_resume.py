@@ -403,3 +403,17 @@ def test_a_run_that_is_not_finite_any_more_stops(way, tmp_path):
     )
     assert checkpoint.find_latest(tmp_path / "run") == (tmp_path / "run" / "checkpoint-4", [])
     assert contents(tmp_path / "run" / "checkpoint-4") == before
+
+
+def test_a_model_option_that_this_code_does_not_know_is_refused(tmp_path):
+    flags = [*TINY, "--ckpt-every", 2]
+    finish(train(tmp_path, "one process", "--max-steps", 2, flags=flags))
+    folder = tmp_path / "checkpoint-2"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state["model"]["activation"] = "relu"
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["trainer_state.json"] = files.manifest_entry(folder / "trainer_state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    result = finish(train(tmp_path, "one process", "--max-steps", 4, flags=flags), code=2)
+    assert "--activation: None was given, but" in result.stderr and result.stderr.count("\n") == 1

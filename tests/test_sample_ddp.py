@@ -250,12 +250,15 @@ def test_missing_ranges(tmp_path):
 
 def test_an_npz_written_in_parts_is_the_array(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3), dtype=np.uint8)
-    with files.NpzWriter(tmp_path / "a.npz") as archive:
+    with files.NpzWriter(tmp_path / "a.npz", "w") as archive:
         archive.write_array("arr_0", (array[i : i + 7] for i in range(0, 50, 7)), 50)
         archive.write_array("arr_1", [np.arange(50)], 50)
     images, labels = arrays(tmp_path / "a.npz")
     assert np.array_equal(images, array) and np.array_equal(labels, np.arange(50))
-    with files.NpzWriter(tmp_path / "b.npz") as archive, pytest.raises(ValueError, match="7 rows, and should have 8"):
+    with (
+        files.NpzWriter(tmp_path / "b.npz", "w") as archive,
+        pytest.raises(ValueError, match="7 rows, and should have 8"),
+    ):
         archive.write_array("arr_0", [array[:7]], 8)
-    with files.NpzWriter(tmp_path / "c.npz") as archive, pytest.raises(ValueError, match="after rows of uint8"):
+    with files.NpzWriter(tmp_path / "c.npz", "w") as archive, pytest.raises(ValueError, match="after rows of uint8"):
         archive.write_array("arr_0", [array[:7], array[7:, :2]], 50)

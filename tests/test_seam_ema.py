@@ -48,7 +48,9 @@ def test_a_second_ema_is_saved_resumed_and_sampled(way, tmp_path):
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "ema.png").read_bytes() != (tmp_path / "recent.png").read_bytes()
     result = run(*words, "--ema", "other")
-    assert result.returncode == 2 and "other" in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and "has no such EMA; it has ema, recent" in result.stderr
+    result = run(*words[:2], tmp_path / "whole" / "checkpoint-4" / "ema.pt", "--ema", "recent")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
 def test_a_checkpoint_without_the_ema_resumes_and_says_so(digits_run, tmp_path):
@@ -57,3 +59,10 @@ def test_a_checkpoint_without_the_ema_resumes_and_says_so(digits_run, tmp_path):
     result = run(tmp_path / "toy.py", *arguments)
     assert result.returncode == 0, result.stderr
     assert "the checkpoint has no EMA 'recent': it starts from the trained weights" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "a/b", ""])
+def test_names_of_emas_that_checkpoints_cannot_hold_are_refused(name, tmp_path):
+    (tmp_path / "toy.py").write_text(SCRIPT.replace('"recent"', repr(name)))
+    result = run(tmp_path / "toy.py", *TINY, "--output-dir", tmp_path / "run")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and not (tmp_path / "run").exists()

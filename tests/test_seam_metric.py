@@ -57,3 +57,15 @@ def test_means_leave_out_bad_steps_and_points_are_as_they_are():
     assert metrics.take() == {"a": 3.0, "b": 5} and again.take() == {"a": 3.0}
     metrics.mean("a", 4)
     assert metrics.take() == {"a": 4.0}
+
+
+def test_a_checkpoint_holds_means_that_came_after_the_step():
+    from training.log import Metrics
+
+    metrics = Metrics(torch.device("cpu"))
+    metrics.mean("a", 1.0)
+    metrics.commit(torch.tensor(False))
+    metrics.mean("a", 3.0)
+    metrics.point("b", torch.tensor(2.0))
+    assert Metrics(torch.device("cpu"), metrics.state()).take() == {"a": 2.0}
+    assert metrics.take() == {"a": 2.0, "b": 2.0}

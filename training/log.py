@@ -53,7 +53,7 @@ class Metrics:
 
     def point(self, name, value):
         """Set a number that the next line of the log shows as it is."""
-        self.points[name] = value
+        self.points[name] = value.item() if isinstance(value, torch.Tensor) else value
 
     def commit(self, bad):
         """Add the means of a step to the window, unless the tensor `bad` () is true."""
@@ -83,6 +83,7 @@ class Metrics:
 
     def state(self):
         """Return the window as plain data, over all ranks."""
+        self.commit(torch.tensor(False, device=self.device))
         return {name: sums.tolist() for name, sums in self._reduced().items()}
 
 

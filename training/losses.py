@@ -32,9 +32,8 @@ def build_losses(builders, model, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(distributed.seed_from(seed, len(builders)))
         losses = [build(model) for build in builders]
-    names = [loss.name for loss in losses]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the auxiliary losses must have different names, not {', '.join(names)}")
+    if len({loss.name for loss in losses}) < len(losses):
+        raise ValueError(f"auxiliary losses must have different names, not {[loss.name for loss in losses]}")
     for loss in losses:
         if not all(0 <= block < len(model.blocks) for block in loss.hidden_blocks):
             raise ValueError(f"loss {loss.name!r} reads blocks {loss.hidden_blocks}, and there are {len(model.blocks)}")

@@ -94,9 +94,9 @@ def check_model(config, start):
         return model | {"class_dropout_prob": guidable} | transport
 
     now, then = identity(config), identity(start.state)
-    for key in now:
-        if now[key] != then.get(key):
-            problem = f"{flag_name(key)}: {now[key]} was given, but {start.folder} was trained with {then.get(key)}"
+    for key in now | then:
+        if now.get(key) != then.get(key):
+            problem = f"{flag_name(key)}: {now.get(key)} was given, but {start.folder} was trained with {then.get(key)}"
             advice = "give another --output-dir, or --init-from to start a new run from its weights"
             raise ValueError(f"{problem}; {advice}")
 
@@ -199,9 +199,8 @@ class FiniteCheck:
 
 def check_restarts(output_dir, resume):
     """Raise ValueError if torchrun may restart this command and it would not resume from its own checkpoints."""
-    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        return
-    if output_dir is None:
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and output_dir is None:
         raise ValueError("--max-restarts needs --output-dir: without it, each restart would use another folder")
-    if resume == "never":
+    if restarts and resume == "never":
         raise ValueError("--max-restarts does not go with --resume never, which would not resume at a restart")

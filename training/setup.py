@@ -114,6 +114,15 @@ def _resolve_image_size(source, sizes, vae, downsampling, patch_size):
     return image_size
 
 
+def build_model(config):
+    """Return SiT on the meta device. Raise ValueError if it has buffers that are not in its state dict."""
+    with torch.device("meta"):
+        model = SiT(**config["model"])
+    if missing := dict(model.named_buffers()).keys() - model.state_dict().keys():
+        raise ValueError(f"the model's buffers must be persistent: {', '.join(missing)}")
+    return model
+
+
 def last_step(max_steps, epochs, global_batch_size, source, start):
     """Return the step at which the run ends: --max-steps, or the one that completes --epochs from its start."""
     if max_steps is not None:

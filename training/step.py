@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 
 import torch
 
@@ -22,6 +23,14 @@ class EMA:
         """Return the decay of the update after `step` others."""
         n = step + 1
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+
+
+def check_emas(emas):
+    """Return the list of `EMA`s. Raise ValueError if two have one name, or one is no name of a file of its own."""
+    names = [ema.name for ema in emas]
+    if len(set(names)) < len(names) or not all(re.fullmatch(r"\w[\w.-]*", name) and name != "model" for name in names):
+        raise ValueError(f"EMAs must have different names of letters and digits, and none 'model': {', '.join(names)}")
+    return emas
 
 
 @torch.no_grad()

@@ -272,6 +272,10 @@ def load_weights(path, ema="ema"):
     `path` is a run folder (its latest checkpoint), a checkpoint folder, a .safetensors file, or a .pt file: a bare
     state dict or the official code's {'model', 'ema', 'opt', 'args'}. `ema` is the name of the EMA in a folder."""
     path, names = pathlib.Path(path), [f"{ema}.pt", STATE_FILE]
+    newest = path if (path / STATE_FILE).is_file() else path / f"checkpoint-{max(steps(path), default=0)}"
+    if ema != "ema" and (path.is_file() or (newest.is_dir() and not (newest / names[0]).is_file())):
+        emas = ", ".join(sorted(file.stem for file in newest.glob("*.pt"))) or "none to choose from"
+        raise ValueError(f"--ema {ema}: {path if path.is_file() else newest} has no such EMA; it has {emas}")
     if path.is_dir() and (path / STATE_FILE).is_file():
         check(path, names)
         path = path / f"{ema}.pt"

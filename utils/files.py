@@ -119,9 +119,6 @@ def lock(folder, problem, patience=10):
 class NpzWriter(zipfile.ZipFile):
     """Writes arrays into an .npz that `numpy.load` reads, batch by batch, so that no array is in memory as a whole."""
 
-    def __init__(self, path):
-        super().__init__(path, "w")
-
     def write_array(self, name, batches, length):
         """Write an array from batches of rows. Raise ValueError unless all `length` rows are of one dtype and shape."""
         with self.open(f"{name}.npy", "w", force_zip64=True) as file:
@@ -157,8 +154,7 @@ def manifest_entry(path):
 def problem_with(path, entry):
     """Return a line that says what is wrong with a file, given its entry in a manifest; None if it is intact."""
     try:
-        if path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]:
-            return None
-        return f"{path} is damaged: its size or checksum is not the manifest's"
+        intact = path.stat().st_size == entry.get("bytes") and sha256(path) == entry.get("sha256")
+        return None if intact else f"{path} is damaged: its size or checksum is not the manifest's"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"

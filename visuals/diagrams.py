@@ -23,10 +23,7 @@ from utils.command_line import Parser, user_errors
 FOLDER = pathlib.Path(__file__).parent
 CLASSES, CFG_SCALE = (2, 3, 5), 1.5
 SOLVERS = {"ODE": dict(sampling_method="heun2", num_steps=101), "SDE": dict(diffusion_form="sigma", num_steps=97)}
-SHOWN = (
-    *range(0, 97, 12),
-    -1,
-)  # indices of states; those of both solvers are at t = 0, 0.01 ... 0.96, and the last at 1
+SHOWN = (*range(0, 97, 12), -1)  # indices of the states of both solvers, at t = 0, 0.01 ... 0.96 and 1
 
 
 def loss_over_time(run):
@@ -43,8 +40,8 @@ def draw_paths(paths, losses):
         left.plot(t, path.alpha(t), f"C{i}-", t, path.sigma(t), f"C{i}--")
         middles = (np.arange(len(loss)) + 0.5) / len(loss)
         right.plot(middles, loss, f"C{i}o-", markersize=4, label=names[type(path)])
-    left.plot([], [], color="grey", label="α(t), of the data $x_1$")
-    left.plot([], [], color="grey", linestyle="--", label="σ(t), of the noise $x_0$")
+    left.plot([], [], "-", color="grey", label="α(t), of the data $x_1$")
+    left.plot([], [], "--", color="grey", label="σ(t), of the noise $x_0$")
     left.set(title="$x_t = α(t)\\, x_1 + σ(t)\\, x_0$", ylim=(-0.02, 1.2))
     left.legend(ncols=2, loc="upper center", frameon=False)
     right.set(title="velocity loss on the digits", yscale="log")
