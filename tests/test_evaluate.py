@@ -193,31 +193,46 @@ def test_a_folder_of_grey_and_coloured_images_is_coloured(tmp_path):
     assert images.shape == (2, 4, 4, 3) and images[0].max() == images[0].min() == 7
 
 
-def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
+def write_odd_files(folder):
+    """Write good.npz, and files that are wrong in one way each."""
     good = block_images(4, 0, 10, size=12)
-    np.savez(tmp_path / "good.npz", arr_0=good)
-    np.savez(tmp_path / "small.npz", arr_0=good[:, :6, :6])
-    np.savez(tmp_path / "floats.npz", arr_0=good / 255)
-    np.savez(tmp_path / "flat.npz", arr_0=good[0])
-    np.savez(tmp_path / "labels.npz", arr_1=np.arange(3))
-    np.savez(tmp_path / "half.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(folder / "good.npz", arr_0=good)
+    np.savez(folder / "small.npz", arr_0=good[:, :6, :6])
+    np.savez(folder / "floats.npz", arr_0=good / 255)
+    np.savez(folder / "flat.npz", arr_0=good[0])
+    np.savez(folder / "labels.npz", arr_1=np.arange(3))
+    np.savez(folder / "half.npz", mu=np.zeros(3), sigma=np.eye(3))
     sizes = dict(mu=2048, sigma=(2048, 2048), mu_s=2023, sigma_s=(2023, 2023))
     whole_statistics = {key: np.zeros(size) for key, size in sizes.items()}
-    np.savez(tmp_path / "scalar.npz", **whole_statistics | {"mu": 3.0})
-    np.savez(tmp_path / "three.npz", **whole_statistics | {"mu": np.zeros(3), "sigma": np.eye(3)})
-    np.savez(tmp_path / "nan.npz", **whole_statistics | {"mu": np.full(2048, np.nan)})
-    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(good))
-    np.savez(tmp_path / "one.npz", arr_0=good[:1])
-    np.save(tmp_path / "array.npy", good)
-    np.savez(tmp_path / "pickled.npz", arr_0=np.array([{"a": 1}], dtype=object))
-    (tmp_path / "text.npz").write_text("no archive")
-    whole = (tmp_path / "good.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    np.savez(folder / "scalar.npz", **whole_statistics | {"mu": 3.0})
+    np.savez(folder / "three.npz", **whole_statistics | {"mu": np.zeros(3), "sigma": np.eye(3)})
+    np.savez(folder / "nan.npz", **whole_statistics | {"mu": np.full(2048, np.nan)})
+    np.savez(folder / "fortran.npz", arr_0=np.asfortranarray(good))
+    np.savez(folder / "one.npz", arr_0=good[:1])
+    np.save(folder / "array.npy", good)
+    np.savez(folder / "pickled.npz", arr_0=np.array([{"a": 1}], dtype=object))
+    (folder / "text.npz").write_text("no archive")
+    whole = (folder / "good.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    (tmp_path / "flipped.npz").write_bytes(flipped)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": pathlib.Path("x")}))
+    (folder / "flipped.npz").write_bytes(flipped)
+    (folder / "empty").mkdir()
+    (folder / "w.pth").write_bytes(pickle.dumps({"a": pathlib.Path("x")}))
+    np.savez_compressed(folder / "packed.npz", arr_0=good)
+    packed = bytearray((folder / "packed.npz").read_bytes())
+    packed[len(packed) // 2] ^= 1
+    (folder / "packed.npz").write_bytes(packed)
+    header = bytearray(whole)
+    header[header.index(b"descr") - 2 : header.index(b"descr")] = b"(("
+    (folder / "header.npz").write_bytes(header)
+    short = whole.replace(b"'shape': (4, 12, 12, 3)", b"'shape': (9, 12, 12, 3)")
+    (folder / "short.npz").write_bytes(short)
+
+
+def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
+    write_odd_files(tmp_path)
+    whole = (tmp_path / "good.npz").read_bytes()
 
     def message(samples, reference="good.npz", *more):
         words = [tmp_path / samples, "--reference", tmp_path / reference, "--features", "pixels", *more]
@@ -229,15 +244,6 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     assert "it holds no arr_0, but arr_1" in message("labels.npz")
     assert "statistics mu_s, sigma_s are missing" in message("good.npz", "half.npz")
     assert "arr_0 is object" in message("pickled.npz")
-    np.savez_compressed(tmp_path / "packed.npz", arr_0=good)
-    packed = bytearray((tmp_path / "packed.npz").read_bytes())
-    packed[len(packed) // 2] ^= 1
-    (tmp_path / "packed.npz").write_bytes(packed)
-    header = bytearray(whole)
-    header[header.index(b"descr") - 2 : header.index(b"descr")] = b"(("
-    (tmp_path / "header.npz").write_bytes(header)
-    short = whole.replace(b"'shape': (4, 12, 12, 3)", b"'shape': (9, 12, 12, 3)")
-    (tmp_path / "short.npz").write_bytes(short)
     for name in ("text.npz", "cut.npz", "flipped.npz", "packed.npz", "header.npz", "short.npz", "array.npy"):
         assert name in message(name)
     assert "in Fortran order with" in message("fortran.npz")
