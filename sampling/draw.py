@@ -50,10 +50,9 @@ class SampleSettings:
         """Return how many images of consecutive indices one solve takes: a fixed number if the solver adapts its steps.
 
         Its steps depend on all images of a solve, and an image must not depend on the batch size."""
-        _, evaluations_per_step, *_ = (ODE_METHODS if self.mode == "ODE" else SDE_METHODS)[
-            self.solver["sampling_method"]
-        ]
-        return ADAPTIVE_GROUP if evaluations_per_step is None else batch_size
+        methods = ODE_METHODS if self.mode == "ODE" else SDE_METHODS
+        _, nfe_per_step = methods[self.solver["sampling_method"]]
+        return ADAPTIVE_GROUP if nfe_per_step is None else batch_size
 
 
 def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed):

@@ -87,7 +87,7 @@ def step_optimizers(optimizers, loss, lr, max_grad_norm=None):
 
 
 class Trainer:
-    """A SiT, on the meta device at first, with its `EMA`s, `AuxiliaryLoss`es and optimizers, sharded or replicated.
+    """A SiT that was made on the meta device, with its `EMA`s, `AuxiliaryLoss`es and optimizers, sharded or replicated.
 
     Args:
         transport: gives the main loss.
@@ -101,9 +101,7 @@ class Trainer:
         for module in (model, *self.ema_modules.values()):
             if parallel == "fsdp":
                 distributed.shard(module, mesh, precision.DTYPES[precision_name if module is model else "fp32"])
-            if any(p.is_meta for p in module.parameters()):
-                module.to_empty(device=device)
-            module.to(device)
+            module.to_empty(device=device)  # `start` fills it
             precision.choose_attention(module, device, precision_name)
         self.optimizer, self.loss_optimizers = build_optimizer(model, **adamw), {}
         for loss in self.losses:
