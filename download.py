@@ -1,7 +1,7 @@
 """Find weights by name, path or URL: python download.py SiT-XL-2-256x256.pt"""
 
 from utils import command_line, hub
-from utils.checkpoint import load_weights
+from utils.weights import load_weights
 
 NAME = "SiT-XL-2-256x256.pt"
 

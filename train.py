@@ -26,10 +26,10 @@ from training import log, losses, resume, setup
 from training.step import EMA, Trainer, batches_on_device, check_emas, draw_randomness, learning_rate
 from transport import create_transport, logit_normal
 from utils import checkpoint, command_line, distributed
-from utils.checkpoint import TRANSPORT_KEYS
 from utils.command_line import Parser, flag_group, given, integer, number, one_of, plain
 from utils.grids import to_uint8
 from utils.precision import DTYPES, resolve_precision
+from utils.weights import TRANSPORT_KEYS
 
 # How samples are drawn during training. The steps are fixed: with FSDP all ranks must make as many evaluations.
 SOLVER = ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26}

@@ -2,9 +2,9 @@
 
 import transport
 from models import SiT_models
-from utils.checkpoint import TRANSPORT_KEYS
 from utils.command_line import flag_group, flag_name, integer, number, one_of
 from utils.precision import DTYPES
+from utils.weights import TRANSPORT_KEYS
 from vae import PRECISIONS
 
 ODE_DEFAULTS = dict(sampling_method="dopri5", atol=1e-6, rtol=1e-3, reverse=False)

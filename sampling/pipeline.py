@@ -9,8 +9,9 @@ import vae as autoencoders
 from models import SiT, SiT_models
 from transport import Transport, create_transport
 from utils import hub, precision
-from utils.checkpoint import TRANSPORT_KEYS, check_fit, load_weights, model_config_from_shapes
 from utils.command_line import flag_name
+from utils.tensor_files import check_fit
+from utils.weights import TRANSPORT_KEYS, load_weights, model_config_from_shapes
 
 # The classes of the official sample.py: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox.
 SHOWN_IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]

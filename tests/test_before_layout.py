@@ -14,7 +14,7 @@ from conftest import read_metrics
 from processes import run
 
 from utils import checkpoint
-from utils.checkpoint import read_pt, read_safetensors
+from utils.tensor_files import read_pt, read_safetensors
 
 OLD = pathlib.Path(__file__).parent / "before_layout"
 FLAGS = (

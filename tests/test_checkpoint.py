@@ -11,7 +11,7 @@ from test_models import META, STATE_DICT, tiny
 import download
 from models import SiT, SiT_models
 from utils import checkpoint, hub
-from utils.checkpoint import load_weights, model_config_from_shapes
+from utils.weights import load_weights, model_config_from_shapes
 
 TRANSPORT = {"path_type": "Linear", "prediction": "velocity"}
 STATE = {"model": META["config"], "transport": TRANSPORT, "latents": {"vae": "none"}}

@@ -18,7 +18,7 @@ from processes import Script, start_torchrun, torchrun
 
 from models import SiT
 from utils import checkpoint, files
-from utils.checkpoint import load_weights
+from utils.weights import load_weights
 
 STEPS = 40
 FLAGS = [*TINY, "--max-steps", STEPS, "--ckpt-every", 10]

@@ -17,8 +17,8 @@ from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS
 from sampling.guidance import WHOLE, resolve_cfg_scale
 from sampling.pipeline import Pipeline, load_pipeline
 from utils import checkpoint
-from utils.checkpoint import load_weights
 from utils.grids import save_grid, to_uint8
+from utils.weights import load_weights
 
 CPU = torch.device("cpu")
 EULER = ODE_DEFAULTS | {"sampling_method": "euler", "num_steps": 4}

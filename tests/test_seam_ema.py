@@ -34,7 +34,7 @@ def test_a_second_ema_is_saved_resumed_and_sampled(way, tmp_path):
         whole, parts = ((tmp_path / folder / "checkpoint-4" / name).read_bytes() for folder in ("whole", "parts"))
         assert whole == parts
     # The recursion, from the weights that each step's checkpoint holds.
-    from utils.checkpoint import read_pt, read_safetensors
+    from utils.tensor_files import read_pt, read_safetensors
 
     folders = [tmp_path / "whole" / f"checkpoint-{step}" for step in (1, 2, 3, 4)]
     expected = read_pt(folders[0] / "recent.pt")

@@ -24,8 +24,8 @@ from training.log import RunLog, TensorBoard
 from training.step import EMA, draw_randomness, learning_rate, update_ema
 from transport import create_transport
 from utils import checkpoint
-from utils.checkpoint import load_weights
 from utils.grids import to_uint8
+from utils.weights import load_weights
 
 
 def test_the_files_of_a_run(digits_run):

@@ -13,9 +13,10 @@ from data.loader import make_loader
 from data.sources import Source, open_source, recognise_format
 from models import SiT, SiT_models
 from training import costs
-from utils import checkpoint, distributed, hub
-from utils.checkpoint import TRANSPORT_KEYS, load_weights
+from utils import distributed, hub
 from utils.command_line import flag_name
+from utils.tensor_files import check_fit
+from utils.weights import TRANSPORT_KEYS, load_weights
 from vae import PRECISIONS, LatentSpace, full_name, geometry, open_space
 
 # Arguments of SiT that the data decides; every other one is a model option, with a flag of its name in train.py.
@@ -166,7 +167,7 @@ def initial_weights(config, seed, init_from, start):
             continue
         given[key] = now  # class embeddings, or positions, which are a function of the number of tokens
         notes.append(f"{key} is {tuple(then.shape)} in the weights and {tuple(now.shape)} here: it is initialised")
-    checkpoint.check_fit(fresh, given, f"--init-from {init_from}")
+    check_fit(fresh, given, f"--init-from {init_from}")
     return given, notes
 
 
