@@ -5,6 +5,11 @@
 
 Image i depends on (seed, i) alone. Stopped and typed again, the same command draws the missing images."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, while packages load, too, ends without a traceback
+
 import pathlib
 import time
 
@@ -17,7 +22,7 @@ from sampling.draw import decode, describe, draw, draw_labels, resolve_settings,
 from sampling.pipeline import load_pipeline
 from sampling.shards import Shards, background
 from utils import distributed
-from utils.command_line import Parser, flag_group, flag_name, given, integer, one_of, user_errors
+from utils.command_line import Parser, flag_group, flag_name, given, integer, one_of, path, user_errors
 from utils.files import named
 from utils.precision import resolve_precision
 
@@ -44,8 +49,8 @@ def build_parser():
     add("--per-proc-batch-size", integer(1), "N", "images at a time, per rank", default=32)
     add("--global-seed", integer(0), "SEED", "seed; noise and label of image i depend on it and i alone", default=0)
     add("--balanced-labels", None, None, "draw each class in turn (default: labels uniform at random)")
-    add("--sample-dir", pathlib.Path, "DIR", "folder of outputs with default names", default=pathlib.Path("samples"))
-    add("--output", pathlib.Path, "FILE.npz", "arr_0: images, arr_1: labels (default: named after the settings)")
+    add("--sample-dir", path, "DIR", "folder of outputs with default names", default=pathlib.Path("samples"))
+    add("--output", path, "FILE.npz", "arr_0: images, arr_1: labels (default: named after the settings)")
     add("--protocol", one_of(*PROTOCOLS), "NAME", f"settings of a row of the paper's tables: {', '.join(PROTOCOLS)}")
     add("--save-png", None, None, "write each image as a PNG, too, in FILE.pngs/")
     add("--likelihood", None, None, "as in the official script; here likelihood.py computes it")
@@ -67,6 +72,11 @@ def main():
         weights = given(args, flags.WEIGHTS_FLAGS)
         pipeline = load_pipeline(args.ckpt, device, args.guided_channels, args.vae_precision, **weights)
         settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.global_seed)
+        if distributed.rank() == 0:
+            given_for = mode, solver, settings.cfg_scale, pipeline.space.in_pixels
+            more = [(args.output is not None, ("sample_dir",), "beside --output")]
+            for line in flags.without_effect(parser.changed, *given_for, more):
+                print(line, flush=True)
         count, digests = args.num_fid_samples, pipeline.digests()
         pipeline.speed_up(precision, args.compile)
         identity = describe(pipeline, settings) | digests | dict(vae_precision=args.vae_precision)
@@ -78,7 +88,7 @@ def main():
         shards = Shards(output, count, pipeline.image_shape)
         complete = distributed.on_rank_zero(shards.prepare, identity, args.save_png)
         if args.save_png:
-            distributed.on_rank_zero(write_existing_pngs, shards)
+            distributed.on_rank_zero(write_existing_pngs, shards, complete)
         if complete:
             if distributed.rank() == 0:
                 print(f"{output} exists, made with these settings")
@@ -126,10 +136,10 @@ def draw_missing(shards, pipeline, labels, settings, batch_size, save_png):
     return total
 
 
-def write_existing_pngs(shards):
+def write_existing_pngs(shards, complete):
     """Write the PNGs of images that an earlier call drew without --save-png."""
     with named(shards.pngs):
-        if shards.output.exists():
+        if complete:
             for i, images in enumerate(ImageBatches(shards.output).batches(256)):
                 shards.write_pngs(images, 256 * i)
             return

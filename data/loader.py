@@ -1,11 +1,15 @@
 """The order in which a run sees its examples, and loaders that keep it."""
 
 import atexit
+import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
+import multiprocessing.connection
 import os
 import signal
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 from data.images import PATIENCE, ImageDataset
 from utils.distributed import ORDER_STREAM, generator, seed_from
 
+MOST_TEMPORARY = 70  # bytes in the name of TMPDIR that leave room for the name of a socket, which has up to 107 in all
 WORKER_GRACE_SECONDS = 30  # in which a worker process continues after SIGTERM
 
 
@@ -97,17 +102,22 @@ def _collate(items):
     return {key: values if key == "problems" else default_collate(values) for key, values in batch.items()}
 
 
-def make_loader(dataset, sampler, num_workers, device):
+def make_loader(dataset, sampler, num_workers, device, report=None):
     """Return a generator of micro-batches on the CPU: {key: stacked tensors (M, ...), "problems": list of M lists}.
 
     `num_workers` processes read the data set at the keys that `sampler` lists. The images of a stream, whose `sampler`
-    is a `GlobalBatchSampler`, are decoded by as many threads. Memory is pinned if the batches' `device` is a GPU."""
+    is a `GlobalBatchSampler`, are decoded by as many threads. Memory is pinned if the batches' `device` is a GPU.
+
+    If a process ends, killed for want of memory for example, `report` is called with a line that says so, and this
+    process reads the batches from there on; without `report`, the line is that of a ValueError."""
     pin_memory = device.type == "cuda"
     if isinstance(dataset, ImageDataset) and dataset.source.streamed:
         # Threads: `datasets` would divide the files among processes, and the order would depend on their number.
         return _one_ahead(_streamed_batches(dataset, sampler, num_workers), pin_memory)
+    if num_workers and len(os.fsencode(tempfile.gettempdir())) > MOST_TEMPORARY:
+        tempfile.tempdir = "/tmp"  # processes hand over tensors through sockets in TMPDIR
     options = dict(num_workers=num_workers, worker_init_fn=_outlast_stop_signals, pin_memory=pin_memory)
-    batches = _with_plain_errors(DataLoader(dataset, batch_sampler=sampler, collate_fn=_collate, **options))
+    batches = _without_ended_processes(dataset, sampler, options, report)
     atexit.register(batches.close)  # ends the workers before multiprocessing waits for them
     return batches
 
@@ -122,12 +132,52 @@ def _one_ahead(batches, pin_memory):
             yield {key: x.pin_memory() if pin_memory and key != "problems" else x for key, x in batch.items()}
 
 
-def _with_plain_errors(loader):
-    """Yield the loader's batches; raise a worker's ValueError without the worker's traceback in its text."""
+def _without_ended_processes(dataset, sampler, options, report):
+    """Yield the batches of a DataLoader with these options, and do without its processes when one of them has ended.
+
+    Raise a process's ValueError without its traceback in its text."""
+    waiting, keys, workers, others = collections.deque(), iter(sampler), [], multiprocessing.active_children()
+
+    load = functools.partial(DataLoader, dataset, collate_fn=_collate)
+
+    def noted():
+        for key in keys:
+            waiting.append(key)  # until its batch is there
+            yield key
+
     try:
-        yield from loader
+        batches = iter(load(batch_sampler=noted(), **options))
+        if options["num_workers"]:
+            workers = [process for process in multiprocessing.active_children() if process not in others]
+            with contextlib.suppress(ValueError):  # in another thread
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error anywhere in a step
+        for batch in batches:
+            waiting.popleft()
+            yield batch
+        return
     except ValueError as error:
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    except (RuntimeError, OSError, EOFError) as error:  # of which kind depends on what was under way
+        ended = multiprocessing.connection.wait([process.sentinel for process in workers], timeout=1)
+        for process in workers:
+            process.join(1 if process.sentinel in ended else 0)
+        codes = {process.exitcode for process in workers} - {None, 0}
+        if not codes and "DataLoader worker" not in str(error):
+            raise
+        problem = _why_ended(min(codes, default=0), options["num_workers"])
+        if report is None:
+            raise ValueError(problem) from error
+        report(problem)
+        del batches  # ends the other processes
+    yield from load(batch_sampler=itertools.chain(waiting, keys), num_workers=0, pin_memory=options["pin_memory"])
+
+
+def _why_ended(code, num_workers):
+    """Return a line on a loader process that ended with an exit code, which is negative for a signal."""
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    causes = {signal.SIGKILL: "the system was out of memory", signal.SIGBUS: "/dev/shm is full"}
+    cause = f", perhaps because {causes[-code]}" if -code in causes else ""
+    return f"a loader process ended {how}{cause}; try fewer than --num-workers {num_workers}, or 0"
 
 
 def _outlast_stop_signals(worker):

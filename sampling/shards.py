@@ -6,8 +6,10 @@ FILE.npz.json, which says how the samples were made; and FILE.pngs/ if PNGs are 
 import collections
 import concurrent.futures
 import contextlib
+import math
 import re
 import shutil
+import zipfile
 
 import numpy as np
 import torch
@@ -35,21 +37,25 @@ class Shards:
         """Lock the folder of shards, unless the output is complete. Return whether it is.
 
         `identity` is plain data that decides the images. Raise ValueError if the shards were made with another identity
-        or by another script, another process draws them, or the folder cannot be written to."""
+        or by another script, another process draws them, or the folder cannot be written to. An output that was
+        damaged since is named, and drawn again."""
         if self.output.suffix != ".npz":
             raise ValueError(f"--output {self.output} must end in .npz")
         with files.named(f"--output {self.output}"):
-            if not self._is_complete(identity):
+            complete = self._is_complete(identity)
+            if not complete:
                 if self.description.is_dir():
                     raise ValueError(f"{self.description} is a folder")
-                self.folder.mkdir(parents=True, exist_ok=True)
                 files.lock(self.folder, f"another process is drawing {self.output}; wait for it, or {ADVICE}")
-                if not self._is_complete(identity):  # the process that held the lock may have completed it
-                    self.folder.mkdir(exist_ok=True)
-                    self._check_or_write_settings(identity, save_png)
+                complete = self._is_complete(identity)  # the process that held the lock may have completed it
+            if not complete:
+                settings = self.folder / "settings.json"
+                if save_png and not settings.exists() and self.pngs.is_dir() and any(self.pngs.iterdir()):
+                    raise ValueError(f"{self.pngs} is not empty; {ADVICE}")
+                files.keep_settings(settings, identity, ADVICE, "sample_ddp.py")
             if save_png:
                 self.pngs.mkdir(exist_ok=True)
-            return self.output.exists()
+            return complete
 
     def _is_complete(self, identity):
         if not self.output.exists():
@@ -58,18 +64,13 @@ class Shards:
             problem = f"{self.output} exists, but {self.description.name}, which says how it was made, does not"
             raise ValueError(f"{problem}; put it back or {ADVICE}")
         files.check_same_settings(self.description, identity, ADVICE)
+        try:
+            check_npz(self.output, {"arr_0": (self.count, *self.image_shape), "arr_1": (self.count,)})
+        except ValueError as error:
+            print(f"{error}; it is drawn again")
+            return False
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a process that was killed after its last rename
         return True
-
-    def _check_or_write_settings(self, identity, save_png):
-        settings = self.folder / "settings.json"
-        if settings.is_file():
-            return files.check_same_settings(settings, identity, ADVICE)
-        if any(entry.name != files.LOCK for entry in self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and not of sample_ddp.py")
-        if save_png and self.pngs.is_dir() and any(self.pngs.iterdir()):
-            raise ValueError(f"{self.pngs} is not empty; {ADVICE}")
-        files.write_json(settings, identity)
 
     def intact(self):
         """Return {(begin, end): path} of the intact shards in order; remove damaged ones."""
@@ -109,8 +110,9 @@ class Shards:
         for i, image in enumerate(images, begin):
             path = self.pngs / f"{i:06d}.png"
             if not path.exists():
-                partial = files.partial_name(path).with_suffix(".png")
-                Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(partial)
+                partial = files.partial_name(path)
+                files.remove(partial)
+                Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(partial, format="png")
                 partial.rename(path)
 
     def counts(self):
@@ -132,6 +134,18 @@ class Shards:
                 files.write_json(self.description, description)
             shutil.rmtree(self.folder, ignore_errors=True)
         return description
+
+
+def check_npz(path, shapes):
+    """Raise ValueError unless an .npz holds whole arrays of these names and shapes; their content is not read."""
+    with files.named(f"{path} is damaged", (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)):
+        with zipfile.ZipFile(path) as archive:
+            for name, shape in shapes.items():
+                entry = archive.getinfo(f"{name}.npy")
+                with archive.open(entry) as file:
+                    actual, dtype, _ = files.read_npy_header(file)
+                    if actual != shape or entry.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
+                        raise ValueError(f"{name} is {actual}, and must be {shape}")
 
 
 @contextlib.contextmanager

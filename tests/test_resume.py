@@ -17,6 +17,7 @@ from conftest import TINY, read_metrics
 from processes import Script, start_torchrun, torchrun
 
 from models import SiT
+from training import resume
 from utils import checkpoint, files
 from utils.weights import load_weights
 
@@ -252,6 +253,15 @@ def test_changed_flags_are_named_and_win(uninterrupted, tmp_path):
     assert "--global-batch-size was 16 until now, and is 32" in result.stdout
     last = read_metrics(tmp_path / "run")[-1]
     assert last["learning_rate"] == 0.5 and last["samples_seen"] == 40 * 16 + 32
+
+
+def test_another_number_of_examples_is_named():
+    for seen, then in ((1, 7), (640, 1797), (1_792_000_000, 1_281_167)):
+        start = resume.Start("run/checkpoint-1", {"args": {}, "samples_seen": seen, "epoch": seen / then})
+        assert resume.changes({}, then, start) == resume.changes({}, None, start) == []
+        (line,) = resume.changes({}, then + 1, start)
+        assert f"{then:,} examples" in line and f"{then + 1:,}" in line
+    assert resume.changes({}, 7, resume.Start("run/checkpoint-1", {"args": {}, "samples_seen": 1, "epoch": None})) == []
 
 
 def test_a_run_can_resume_from_a_checkpoint_in_another_folder(uninterrupted, tmp_path):

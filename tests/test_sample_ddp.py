@@ -1,8 +1,11 @@
 """sample_ddp.py: the same images on any number of ranks, in any batches, after any stop."""
 
 import json
+import os
+import pickle
 import signal
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from processes import Script, run
 
 from models import SiT
 from sampling.draw import draw_labels
-from sampling.shards import Shards
+from sampling.shards import Shards, background, check_npz
 from utils import files
 
 WAYS = {"ODE": ["ODE", "--num-sampling-steps", 20], "SDE": ["SDE", "--num-sampling-steps", 20]}
@@ -262,3 +265,78 @@ def test_an_npz_written_in_parts_is_the_array(tmp_path):
         archive.write_array("arr_0", [array[:7]], 8)
     with files.NpzWriter(tmp_path / "c.npz", "w") as archive, pytest.raises(ValueError, match="after rows of uint8"):
         archive.write_array("arr_0", [array[:7], array[7:, :2]], 50)
+
+
+class Marker:
+    """Written as a shard, it creates a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_shard_that_holds_other_things_is_removed_and_runs_no_code(tmp_path, capsys):
+    shards = Shards(tmp_path / "a.npz", 50, (2, 2, 1))
+    shards.folder.mkdir()
+    contents = {
+        "0000000-0000010": np.zeros((10, 2, 2, 1), np.uint8),
+        "0000010-0000020": np.zeros((10, 2, 2, 1), np.int8),
+        "0000020-0000030": np.zeros((9, 2, 2, 1), np.uint8),
+    }
+    for name, images in contents.items():
+        np.save(shards.folder / f"{name}.calls-3-6.npy", images)
+    objects = np.array([Marker(tmp_path / "ran")], dtype=object)
+    np.save(shards.folder / "0000030-0000040.calls-3-6.npy", objects, allow_pickle=True)
+    (shards.folder / "0000040-0000050.calls-3-6.npy").write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    assert list(shards.intact()) == [(0, 10)]
+    assert len(list(shards.folder.iterdir())) == 1 and not (tmp_path / "ran").exists()
+    assert capsys.readouterr().out.count("is damaged, and is drawn again") == 4
+
+
+def test_a_folder_of_other_files_is_not_drawn_into(tmp_path):
+    shards = Shards(tmp_path / "a.npz", 4, (2, 2, 1))
+    shards.folder.mkdir()
+    (shards.folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        shards.prepare({"seed": 0}, save_png=False)
+    (shards.folder / "thesis.txt").unlink()
+    shards.pngs.mkdir()
+    (shards.pngs / "mine.png").touch()
+    with pytest.raises(ValueError, match="a.pngs is not empty"):
+        shards.prepare({"seed": 0}, save_png=True)
+
+
+def test_work_in_the_background_is_in_order_and_bounded_and_its_errors_are_raised():
+    done, waiting = [], []
+
+    def work(i):
+        time.sleep(0.01)
+        done.append(i)
+
+    with background(torch.device("cpu")) as submit:
+        for i in range(6):
+            submit(work, i)
+            waiting.append(i + 1 - len(done))
+    assert done == [0, 1, 2, 3, 4, 5] and max(waiting) <= 3  # two wait, and one may be at work
+
+    def fail():
+        raise ValueError("the disk is full")
+
+    for later in (0, 1, 5):  # an error of the last function, or of an earlier one
+        with pytest.raises(ValueError, match="the disk is full"), background(torch.device("cpu")) as submit:
+            for function in (fail, *[list] * later):
+                submit(function)
+
+
+def test_an_npz_is_whole_only_with_all_the_bytes_of_its_arrays(tmp_path):
+    shapes = {"arr_0": (4, 2, 2, 1), "arr_1": (4,)}
+    np.savez(tmp_path / "whole.npz", **{name: np.zeros(shape, np.uint8) for name, shape in shapes.items()})
+    check_npz(tmp_path / "whole.npz", shapes)
+    with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(tmp_path / "short.npz", "w") as short:
+        for name in ("arr_0.npy", "arr_1.npy"):
+            short.writestr(name, whole.read(name)[:-1])
+    for name, wanted in (("short", shapes), ("whole", shapes | {"arr_2": (1,)}), ("whole", shapes | {"arr_1": (5,)})):
+        with pytest.raises(ValueError, match=f"{name}.npz is damaged"):
+            check_npz(tmp_path / f"{name}.npz", wanted)

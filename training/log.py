@@ -1,6 +1,7 @@
 """The log of a run: text, metrics as lines of JSON, grids, and trackers (TensorBoard, Weights & Biases)."""
 
 import contextlib
+import errno
 import functools
 import importlib
 import itertools
@@ -35,8 +36,10 @@ class Metrics:
         if isinstance(saved, list):  # of older checkpoints: steps, images, loss, then images and loss by time
             losses, counts = saved[3 + TIME_BINS :], saved[3 : 3 + TIME_BINS]
             saved = {"loss": [[saved[2]], [saved[1]]], "loss_by_time": [losses, counts]}
-        for name, sums in (saved or {}).items() if distributed.rank() == 0 else ():
-            self.sums[name] = torch.tensor(sums, dtype=torch.float64).to(device)
+        for name, sums in dict(saved or {}).items() if distributed.rank() == 0 else ():
+            self.sums[name] = torch.tensor([list(map(float, row)) for row in sums], dtype=torch.float64).to(device)
+            if self.sums[name].shape[:-1] != (2,):
+                raise ValueError(f"the sums and counts of {name} are {sums!r}")
 
     def mean(self, name, values):
         """Add values, a number or a tensor of any shape, to the mean of a name."""
@@ -58,7 +61,9 @@ class Metrics:
     def commit(self, bad):
         """Add the means of a step to the window, unless the tensor `bad` () is true."""
         for name, sums in self.pending.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.where(bad, 0, sums)
+            earlier = self.sums.get(name, sums)
+            earlier = earlier if name in self.sums and earlier.shape == sums.shape else 0  # of a window of other code
+            self.sums[name] = earlier + torch.where(bad, 0, sums)
         self.pending = {}
 
     def _reduced(self):
@@ -82,9 +87,13 @@ class Metrics:
         return metrics
 
     def state(self):
-        """Return the window as plain data, over all ranks."""
+        """Return the window as plain data, over all ranks; numbers that are not finite as text, for JSON."""
         self.commit(torch.tensor(False, device=self.device))
-        return {name: sums.tolist() for name, sums in self._reduced().items()}
+
+        def plain(row):
+            return [number if math.isfinite(number) else str(number) for number in row]
+
+        return {name: [plain(row) for row in sums.tolist()] for name, sums in self._reduced().items()}
 
 
 class Meter:
@@ -152,11 +161,12 @@ class RunLog:
         if not self.active:
             return
         paths = [output_dir / name for name in ("log.txt", "metrics.jsonl", "evaluations.jsonl")]
+        how = dict(buffering=1, encoding="utf-8", errors="backslashreplace")  # whatever the locale, and any file's name
         try:
             for path in paths[1:]:
                 if path.exists():
                     _keep_until(path, step)
-            self.text, self.metrics_file, self.evaluations = (open(path, "a", buffering=1) for path in paths)
+            self.text, self.metrics_file, self.evaluations = (files.open_own(path, "a", **how) for path in paths)
         except OSError as error:
             raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from error
 
@@ -180,33 +190,40 @@ class RunLog:
             f"{metrics['images_per_second']:.1f} images/s{mfu}, {metrics['data_wait']:.0%} of the time waiting for data"
         )
         with self._continuing(self.metrics_file.name):
-            self.metrics_file.write(json.dumps(metrics) + "\n")
+            self.metrics_file.write(files.to_json(metrics) + "\n")
         numbers = dict(metrics)
         for name, values in metrics.items():
             if isinstance(values, list):
                 numbers |= {f"{name}/{b / len(values):.1f}": value for b, value in enumerate(values)}
-        self._track("metrics", {k: v for k, v in numbers.items() if isinstance(v, (int, float))}, metrics["step"])
+        self._track("metrics", _finite(numbers, (int, float)), metrics["step"])
 
     def grid(self, images, columns, step):
-        """Write uint8 images (N, H, W, C) as samples/STEP.png."""
-        if self.active:
+        """Write uint8 images (N, H, W, C) as samples/STEP.png; None are images that are not finite."""
+        if self.active and images is None:
+            self.line(f"(step={step:07d}) no grid: the samples are not finite")
+        elif self.active:
             path = self.output_dir / "samples" / f"{step:07d}.png"
             with self._continuing(path):
                 path.parent.mkdir(exist_ok=True)
-                save_grid(images, path, columns)
+                if path.parent.is_symlink():
+                    raise OSError(errno.ELOOP, "samples is a symbolic link, which is not written through")
+                with files.written_whole(path) as partial, files.open_own(partial, "wb") as file:
+                    save_grid(images, file, columns)
                 self.line(f"(step={step:07d}) samples {path}")
                 self._track("grid", path, step)
 
     def evaluation(self, step, metrics):
-        """Write metrics of EMA samples: a line of text, and one of evaluations.jsonl."""
+        """Write metrics of EMA samples: a line of text, and one of evaluations.jsonl; None is unknown."""
         if self.active:
-            numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
-            text = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+            numbers = _finite(metrics, float)
+            texts = [f"{key} {value:.4f}" for key, value in numbers.items()]
+            texts += [f"no {key}: the samples are not finite" for key, value in metrics.items() if value is None]
+            text = ", ".join(texts)
             caveats = "; ".join(metrics.get("caveats", ()))
             caveats = f"; not comparable with published metrics: {caveats}" if caveats else ""
             self.line(f"(step={step:07d}) {text} of {metrics['n_samples']} samples{caveats}")
             with self._continuing(self.evaluations.name):
-                self.evaluations.write(json.dumps({"step": step, **metrics}) + "\n")
+                self.evaluations.write(files.to_json({"step": step, **metrics}) + "\n")
             self._track("metrics", numbers, step)
 
     def close(self):
@@ -231,11 +248,16 @@ class RunLog:
             self.reported = True
 
 
+def _finite(metrics, kinds):
+    """Return what of {name: value} is a finite number of these kinds."""
+    return {key: value for key, value in metrics.items() if isinstance(value, kinds) and math.isfinite(value)}
+
+
 def _keep_until(path, step):
     """Remove the lines of later steps from a .jsonl file, and a line that a killed run left incomplete."""
     kept = []
     for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             kept += [line] if json.loads(line)["step"] <= step else []
     with files.written_whole(path) as partial:
         partial.write_text("".join(f"{line}\n" for line in kept))
@@ -262,7 +284,8 @@ class WeightsAndBiases:
     def __init__(self, module, output_dir, step, config):
         id_file = output_dir / "wandb_id.txt"  # the same id continues the same run
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12])
+            with files.open_own(id_file, "w") as file:
+                file.write(uuid.uuid4().hex[:12])
         where = dict(name=output_dir.name, id=id_file.read_text(), dir=output_dir)
         self.run, self.image = module.init(**where, config=config, resume="allow"), module.Image
         self.close = self.run.finish
@@ -285,7 +308,10 @@ def import_trackers(names):
     for name in names if distributed.rank() == 0 else ():
         tracker, module = TRACKERS[name]
         try:
-            openers.append(functools.partial(tracker, importlib.import_module(module)))
+            imported = importlib.import_module(module)
+            if getattr(imported, "__file__", None) is None:
+                raise ImportError(f"{name}/ is a folder here, such as an earlier run's, and not the package")
+            openers.append(functools.partial(tracker, imported))
         except ImportError as error:
             raise ValueError(f"--{name} needs the package {name}: pip install {name}") from error
     return openers

@@ -1,8 +1,8 @@
 """The files of a checkpoint: write, find, check and load them.
 
     {output_dir}/checkpoint-{step}/
-        model.safetensors     trained weights, whole, under the official keys
-        ema.pt                EMA weights: a plain state dict; one such file for each EMA
+        model.safetensors     trained weights, whole, under the official keys, with the config in the metadata
+        ema.pt                EMA weights: a plain state dict with the config beside it; one such file for each EMA
         optimizer/            torch.distributed.checkpoint: optimizer state, and weights of auxiliary losses
         trainer_state.json    step, arguments, and the config of model, transport and latents
         manifest.json         size and SHA-256 of each of these files
@@ -11,7 +11,8 @@ A checkpoint is written under another name and renamed when all of it is on the 
 complete; the manifest says whether it still is."""
 
 import contextlib
-import json
+import inspect
+import math
 import pathlib
 import re
 import shutil
@@ -19,15 +20,16 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 
+import models
 from utils import distributed, files
-from utils.tensor_files import check_fit, read_pt, read_safetensors
+from utils.sharded_files import METADATA, TensorReader, read_metadata
+from utils.tensor_files import check_fit, read_pt, read_safetensors, write_pt, write_safetensors
 
 STATE_FILE, MANIFEST = "trainer_state.json", "manifest.json"
 WHOLE_FILES = ("model.safetensors", "ema.pt", STATE_FILE)
@@ -50,7 +52,7 @@ class Writer:
             self.group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT)
         if distributed.rank() == 0:
             for leftover in self.output_dir.glob(".checkpoint-*"):  # of a run that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
+                files.remove(leftover)
 
     def save(self, step, model, emas, optimizer, state, losses=None):
         """Copy the content of checkpoint-{step}, begin to write it, and return the seconds for which training waited.
@@ -80,18 +82,17 @@ class Writer:
             with files.written_whole(final) as partial:
                 try:
                     partial.mkdir(parents=True, exist_ok=True)
-                    safetensors.torch.save_file(weights.pop("model"), partial / "model.safetensors")
+                    config = embedded_config(state)
+                    write_safetensors(partial / "model.safetensors", weights.pop("model"), config)
                     for name, ema in weights.items():
-                        torch.save(ema, partial / f"{name}.pt")
-                    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+                        write_pt(partial / f"{name}.pt", ema, config)
+                    (partial / STATE_FILE).write_text(files.to_json(state, indent=2) + "\n")
                 finally:
                     sharded.exception()  # waits: nothing may be removed while others write there
                 sharded.result()
                 _write_manifest(partial)
         except (Exception, CheckpointException) as error:  # a full disk shows as one of many kinds
-            if isinstance(error, CheckpointException):  # holds the error of each rank, with tracebacks
-                error = next(iter(error.failures.values()))[0]
-            self.report(f"{final.name} was not written: {files.one_line(error)}; earlier ones are intact")
+            self.report(f"{final.name} was not written: {_reason(error)}; earlier ones are intact")
             return False
         self._prune()
         seconds = time.perf_counter() - start
@@ -105,6 +106,11 @@ class Writer:
                 removed = self.output_dir / f".checkpoint-{step}.removed"  # never half a checkpoint
                 with contextlib.suppress(OSError):
                     shutil.rmtree((self.output_dir / f"checkpoint-{step}").rename(removed))
+
+
+def _reason(error):
+    """Return an error as one line; of the library's, which holds that of each rank with its traceback, the first."""
+    return files.one_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
 
 
 def _whole(model):
@@ -127,41 +133,61 @@ def _sharded_state(model, optimizer, losses):
 
 def _write_manifest(folder):
     """Write the manifest. Raise ValueError if a file that another rank wrote is missing."""
-    shards = dcp.FileSystemReader(folder / "optimizer").read_metadata().storage_data.values()
-    for path in {folder / "optimizer" / shard.relative_path for shard in shards}:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: all ranks must write to one storage")
+    read_metadata(folder / "optimizer")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     entries = {path.relative_to(folder).as_posix(): files.manifest_entry(path) for path in paths}
-    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(files.to_json({"files": entries}, indent=2) + "\n")
 
 
 def check(folder, names=None):
-    """Raise ValueError naming the first of a checkpoint's files `names`, or of all, that is not as in the manifest."""
+    """Raise ValueError naming the first of a checkpoint's files `names` that is not as in the manifest.
+
+    Without `names`, check all files, and that the optimizer's hold tensors alone."""
     folder = pathlib.Path(folder)
-    with files.named(f"{folder / MANIFEST} is missing or damaged", (OSError, ValueError, KeyError, TypeError)):
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
-        expected = {name: dict(entries[name]) for name in names or {*entries, *WHOLE_FILES}}
-        problems = (files.problem_with(folder / name, entry) for name, entry in expected.items())
-        problem = next(filter(None, problems), None)
-    if problem:
+    with files.named(f"{folder / MANIFEST} is missing or damaged", (LookupError, TypeError, ValueError)):
+        entries = files.read_json(folder / MANIFEST)["files"]
+        expected = {name: dict(entries[name]) for name in names or {*entries, *WHOLE_FILES, f"optimizer/{METADATA}"}}
+        if outside := [name for name in expected if {"..", "/"} & {*pathlib.PurePosixPath(name).parts}]:
+            raise ValueError(f"{outside[0]} is not in the folder")
+    problems = (files.problem_with(folder / name, entry) for name, entry in expected.items())
+    if problem := next(filter(None, problems), None):
         raise ValueError(problem)
+    if names is None:
+        read_metadata(folder / "optimizer")
+
+
+def paths(output_dir):
+    """Return [(step, path)] of what is named as a checkpoint in a run's folder, the newest step first."""
+    matches = ((NAME.fullmatch(path.name), path) for path in pathlib.Path(output_dir).glob("checkpoint-*"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
 def steps(output_dir):
-    """Return the steps of the checkpoints in a run's folder."""
-    names = (NAME.fullmatch(path.name) for path in pathlib.Path(output_dir).glob("checkpoint-*/"))
-    return [int(match[1]) for match in names if match]
+    """Return the steps of what is named as a checkpoint in a run's folder."""
+    return sorted({step for step, _ in paths(output_dir)})
 
 
-def find_latest(output_dir, names=None):
-    """Return the newest folder that passes `check(folder, names)`, or None, and a line for each newer, damaged one."""
+def read_intact(folder, names=None):
+    """Return the trainer state of a checkpoint that passes `check(folder, names)`.
+
+    Raise ValueError if it does not, or if it was made at another step than its name says."""
+    check(folder, names)
+    state = read_state(folder)
+    if NAME.fullmatch(folder.name) and folder.name != f"checkpoint-{state.get('step', folder.name[11:])}":
+        raise ValueError(f"{folder} is not what its name says: it is of step {state['step']}")
+    return state
+
+
+def find_latest(output_dir, names=None, before=math.inf, read=read_intact):
+    """Return the newest folder of a step below `before` that `read(folder, names)` raises no ValueError for, or None.
+
+    Return also a line for each newer, damaged one."""
     problems = []
-    for step in sorted(steps(output_dir), reverse=True):
-        folder = pathlib.Path(output_dir) / f"checkpoint-{step}"
+    for step, folder in paths(output_dir):
         try:
-            check(folder, names)
-            return folder, problems
+            if step < before:
+                read(folder, names)
+                return folder, problems
         except ValueError as error:
             problems.append(str(error))
     return None, problems
@@ -170,14 +196,29 @@ def find_latest(output_dir, names=None):
 def read_state(folder):
     """Return trainer_state.json of a checkpoint folder as a dict. Raise ValueError if it is damaged."""
     path = pathlib.Path(folder) / STATE_FILE
-    with files.named(f"{path} is damaged or not of train.py", (OSError, ValueError, KeyError, TypeError)):
-        state = json.loads(path.read_text())
-        if not all(isinstance(state[part], dict) for part in ("model", "transport", "latents")):
+    state = files.read_json(path)
+    check_config(state, path)
+    return state
+
+
+def check_config(config, source):
+    """Raise ValueError naming `source` unless a config has the parts and names that every model needs."""
+    with files.named(f"{source} is damaged or not of train.py", (ValueError, KeyError, TypeError)):
+        if not all(isinstance(config[part], dict) for part in ("model", "transport", "latents")):
             raise ValueError("'model', 'transport' and 'latents' must be objects")
         for part, key in (("transport", "path_type"), ("transport", "prediction"), ("latents", "vae")):
-            if not isinstance(state[part][key], str):
-                raise ValueError(f"{key} must be a name, not {state[part][key]!r}")
-    return state
+            if not isinstance(config[part][key], str):
+                raise ValueError(f"{key} must be a name, not {config[part][key]!r}")
+
+
+def embedded_config(state):
+    """Return what weights say of themselves: the config of a trainer state, and its step.
+
+    A model option that is off is left out, so that the bytes are those of before it was written."""
+    options = inspect.signature(models.SiT).parameters
+    off = {key for key, option in options.items() if not option.default and option.default == state["model"].get(key)}
+    config = {key: state[key] for key in ("model", "transport", "latents", "data", "step") if key in state}
+    return config | {"model": {key: value for key, value in state["model"].items() if key not in off}}
 
 
 def load_training(folder, model, emas, optimizer, losses=None):
@@ -185,17 +226,18 @@ def load_training(folder, model, emas, optimizer, losses=None):
 
     The number of ranks and sharding may differ. Return a line for each EMA that the checkpoint lacks, which starts
     from the trained weights, and each loss, which keeps its initial weights. Raise ValueError if weights do not fit."""
-    rank, path, notes, known = distributed.rank(), folder / "model.safetensors", [], {}
-    weights = read_safetensors(path) if rank == 0 else {}
+    path, notes, known = folder / "model.safetensors", [], {}
+    weights = _read_on_rank_zero(read_safetensors, path)
     place(model, weights, path)
     for name, ema in emas.items():
         ema_path = folder / f"{name}.pt"
         if ema_path.is_file():
-            place(ema, read_pt(ema_path) if rank == 0 else {}, ema_path)
+            place(ema, _read_on_rank_zero(read_pt, ema_path), ema_path)
         else:
             place(ema, weights, path)
             notes.append(f"the checkpoint has no EMA {name!r}: it starts from the trained weights")
-    saved = dcp.FileSystemReader(folder / "optimizer").read_metadata().state_dict_metadata
+    reader = TensorReader(folder / "optimizer")
+    saved = distributed.on_rank_zero(lambda: list(reader.read_metadata().state_dict_metadata))
     for name, loss in (losses or {}).items():
         if any(key.startswith(f"losses.{name}.") for key in saved):
             known[name] = loss
@@ -203,7 +245,10 @@ def load_training(folder, model, emas, optimizer, losses=None):
             notes.append(f"the checkpoint has no loss {name!r}: it keeps its initial weights")
     content = _sharded_state(model, optimizer, known)  # in the shapes and shards of this run
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
-    dcp.load(content, checkpoint_id=folder / "optimizer")
+    try:
+        dcp.load(content, storage_reader=reader)
+    except CheckpointException as error:  # raised on all ranks
+        raise ValueError(f"{folder / 'optimizer'} does not load: {_reason(error)}") from error
     for name, (module, _) in known.items():
         dcp_state.set_model_state_dict(module, content[f"losses.{name}"]["weights"])
     parts = [(content, model, optimizer), *((content[f"losses.{name}"], *loss) for name, loss in known.items())]
@@ -212,6 +257,20 @@ def load_training(folder, model, emas, optimizer, losses=None):
             current = dcp_state.get_optimizer_state_dict(module, its_optimizer)
             dcp_state.set_optimizer_state_dict(module, its_optimizer, current | {"state": part["state"]})
     return notes
+
+
+def _read_on_rank_zero(read, path):
+    """Return rank 0's `read(path)`, a state dict; {} on other ranks. Raise ValueError on all ranks if it is none."""
+    content = {}
+
+    def fill():
+        value = read(path)
+        if not isinstance(value, dict) or not all(isinstance(part, torch.Tensor) for part in value.values()):
+            raise ValueError(f"{path} is no state dict")
+        content.update(value)
+
+    distributed.on_rank_zero(fill)
+    return content
 
 
 def place(model, state_dict, source):

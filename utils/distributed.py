@@ -84,9 +84,12 @@ def all_reduce(tensor):
     return tensor
 
 
-def any_rank(flag):
-    """Return, on every rank, whether `flag` is true on any. A CPU tensor is reduced, so no rank waits for its GPU."""
-    return bool(all_reduce(torch.tensor(int(flag))))
+def any_rank(*flags):
+    """Return, on every rank, whether a flag is true on any; of several, a list.
+
+    A CPU tensor is reduced, so no rank waits for its GPU."""
+    found = [count > 0 for count in all_reduce(torch.tensor([int(flag) for flag in flags])).tolist()]
+    return found if len(found) > 1 else found[0]
 
 
 def broadcast(value):

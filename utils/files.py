@@ -1,11 +1,14 @@
 """Files that are either complete or absent: written under another name, flushed, then renamed; errors as one line."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 import time
 import zipfile
@@ -41,6 +44,8 @@ def written_whole(path):
     """Context that gives a path to write a file or folder to, and renames it to `path` if the block raises nothing."""
     path = pathlib.Path(path)
     partial = partial_name(path)
+    if partial.is_symlink() or partial.is_file():
+        partial.unlink(missing_ok=True)  # what is written may not go through a link
     try:
         yield partial
         for entry in (*partial.rglob("*"), partial):
@@ -62,19 +67,62 @@ def _fsync(path):
         os.close(descriptor)
 
 
+def open_own(path, mode, **how):
+    """Open a file to write to, as `open` does. Raise OSError if it is a symbolic link, which may lead anywhere."""
+    try:
+        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666), **how)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        problem = f"{pathlib.Path(path).name} is a symbolic link, which is not written through"
+        raise OSError(errno.ELOOP, problem, str(path)) from error
+
+
+def remove(path):
+    """Remove a file, a link or a folder, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def to_json(content, **how):
+    """Return plain data as JSON, which knows neither NaN nor infinities: they become null."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), allow_nan=False, **how)
+
+
 def write_json(path, content):
     """Write plain data as a JSON file that is either complete or absent."""
     with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(to_json(content, indent=2) + "\n")
 
 
 def read_json(path):
     """Return the object in a JSON file. Raise ValueError naming the file if it cannot be read or holds none."""
-    with named(f"{path} is damaged", (OSError, ValueError)):
+    with named(f"{path} is damaged", (OSError, ValueError, RecursionError)):
         content = json.loads(pathlib.Path(path).read_text())
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
     return content
+
+
+def keep_settings(path, settings, advice, author):
+    """Check settings as `check_same_settings` does, or write them if nothing else lies in their folder.
+
+    Leftovers of a process that was killed are nothing. Raise ValueError if `author`, a script, wrote no settings there,
+    and the folder holds files."""
+    if not path.exists():
+        names = [entry.name for entry in path.parent.iterdir()]
+        if any(name != LOCK and not re.fullmatch(r"\..+\.partial", name) for name in names):
+            raise ValueError(f"{path.parent} is not empty, and {author} did not write it; {advice}")
+        write_json(path, settings)
+    check_same_settings(path, settings, advice)
 
 
 def check_same_settings(path, settings, advice):
@@ -94,26 +142,43 @@ def check_output(flag, path, inputs=()):
     if any(path.resolve() == pathlib.Path(other).resolve() for other in inputs):
         raise ValueError(f"{flag} {path} is an input; it would be overwritten")
     with named(f"{flag} {path}"):
-        partial_name(path).touch()
+        partial_name(path).write_bytes(bytes(4096))  # which a full disk refuses, too
         partial_name(path).unlink(missing_ok=True)  # another rank may check the same path
 
 
 def lock(folder, problem, patience=10):
-    """Lock a folder until this process ends, by a lock on a file in it. Return the open file.
+    """Make a folder, and lock it until this process ends, by a lock on a file in it. Return the open file.
 
     Raise ValueError(problem) if another process still has the lock after `patience` seconds, in which the ranks of a
-    killed run can be expected to end, and OSError if the folder does not exist or cannot be written to."""
-    file = open(folder / LOCK, "a+")
-    _locks.append(file)
-    for _ in range(1 + int(patience / 0.2)):
+    killed run can be expected to end, and OSError if the folder cannot be written to."""
+    deadline = time.monotonic() + patience
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open_own(folder / LOCK, "a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX's lock, which worker processes do not inherit
-            return file
         except (BlockingIOError, PermissionError):
-            time.sleep(0.2)
+            file.close()
         except OSError:
-            return file  # a file system without locks
-    raise ValueError(problem)
+            pass  # a file system without locks
+        if not file.closed:
+            _locks.append(file)  # for ever: closing any file of it would end the lock
+            if is_locked(folder):  # else the process that had the lock has removed it
+                return file
+        if time.monotonic() >= deadline:
+            raise ValueError(problem)
+        time.sleep(0.2)
+
+
+def is_locked(folder):
+    """Return whether the last lock that this process took of a folder is still the folder's, not of a removed file."""
+    file = next(file for file in reversed(_locks) if pathlib.Path(file.name) == folder / LOCK)
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # a file system that is away for a moment
 
 
 class NpzWriter(zipfile.ZipFile):
@@ -137,6 +202,14 @@ class NpzWriter(zipfile.ZipFile):
             raise ValueError(f"{name} has {written} rows, and should have {length}")
 
 
+def read_npy_header(file):
+    """Return (shape, dtype, whether in C order) of an .npy that is open at its start; leave it open at its values."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    return shape, dtype, not fortran_order or len(shape) < 2
+
+
 def sha256(path):
     """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -154,7 +227,8 @@ def manifest_entry(path):
 def problem_with(path, entry):
     """Return a line that says what is wrong with a file, given its entry in a manifest; None if it is intact."""
     try:
-        intact = path.stat().st_size == entry.get("bytes") and sha256(path) == entry.get("sha256")
+        has_size = path.stat().st_size == entry.get("bytes") and path.is_file()  # a device could be read for ever
+        intact = has_size and sha256(path) == entry.get("sha256")
         return None if intact else f"{path} is damaged: its size or checksum is not the manifest's"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"

@@ -23,8 +23,8 @@ def check_grid_output(path):
 
 
 def save_grid(images, path, columns, min_side=64):
-    """Write uint8 images (N, H, W, C) as a grid, each enlarged by whole pixels to at least `min_side` pixels."""
+    """Write uint8 images (N, H, W, C) as a grid to a .png, each enlarged by whole pixels to `min_side` or more."""
     factor = math.ceil(min_side / images.shape[1])
     enlarged = images.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(0, 3, 1, 2)
     grid = make_grid(enlarged, nrow=columns, padding=2, pad_value=255)  # repeats a grey channel three times
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, format="png")
