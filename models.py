@@ -257,3 +257,9 @@ SiT_models = {
     for size, width in SIZES.items()
     for patch_size in (2, 4, 8)
 }
+
+# The names of the official code.
+SiT_S_2, SiT_S_4, SiT_S_8 = (SiT_models[f"SiT-S/{patch_size}"] for patch_size in (2, 4, 8))
+SiT_B_2, SiT_B_4, SiT_B_8 = (SiT_models[f"SiT-B/{patch_size}"] for patch_size in (2, 4, 8))
+SiT_L_2, SiT_L_4, SiT_L_8 = (SiT_models[f"SiT-L/{patch_size}"] for patch_size in (2, 4, 8))
+SiT_XL_2, SiT_XL_4, SiT_XL_8 = (SiT_models[f"SiT-XL/{patch_size}"] for patch_size in (2, 4, 8))

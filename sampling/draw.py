@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from sampling import guidance
 from transport import ODE_METHODS, SDE_METHODS, Sampler
+from transport.integrators import check_tolerances
 from utils.grids import to_uint8
 
 ADAPTIVE_GROUP = 64  # images
@@ -57,6 +58,8 @@ class SampleSettings:
 
 def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed):
     """Return the `SampleSettings` of flags, which are None where not given. Raise ValueError if they do not fit."""
+    if mode == "ODE":
+        check_tolerances(solver["sampling_method"], solver["atol"], solver["rtol"], torch.float32)  # of the noise
     cfg_scale = guidance.resolve_cfg_scale(cfg_scale, pipeline.model)
     if cfg_interval is not None and cfg_scale == 1:
         raise ValueError("--cfg-interval has no effect with --cfg-scale 1, which is no guidance")
@@ -137,13 +140,27 @@ def draw(pipeline, labels, settings, *, first_index=0, batch_size=64, show_progr
     return torch.cat(drawn), {"nfe": nfe, "forward_passes": forward_passes}
 
 
+class NotFinite(ValueError):
+    """Samples are NaN or infinite, so that they are no images."""
+
+
 def decode(pipeline, drawn, batch_size=64):
-    """Decode latents (N, C, h, w) to uint8 images (N, H, W, C) on the CPU, `batch_size` at a time."""
-    return torch.cat([to_uint8(pipeline.space.decode(part)) for part in drawn.split(batch_size)])
+    """Decode latents (N, C, h, w) to uint8 images (N, H, W, C) on the CPU, `batch_size` at a time.
+
+    Raise NotFinite if latents or images are not finite."""
+    images = []
+    for part in drawn.split(batch_size):
+        decoded = pipeline.space.decode(part)
+        if not (part.isfinite().all() and decoded.isfinite().all()):
+            raise NotFinite("the network's output is not finite")
+        images.append(to_uint8(decoded))
+    return torch.cat(images)
 
 
 def generate(pipeline, labels, settings, *, batch_size=64, **more):
-    """Draw and decode one image per label; arguments as for `draw`. Return (uint8 images (N, H, W, C), counts)."""
+    """Draw and decode one image per label; arguments as for `draw`. Return (uint8 images (N, H, W, C), counts).
+
+    Raise NotFinite if they are not finite."""
     drawn, counts = draw(pipeline, labels, settings, batch_size=batch_size, **more)
     return decode(pipeline, drawn, batch_size), counts
 
@@ -178,14 +195,15 @@ def describe(pipeline, settings):
 
 
 def summary(description):
-    """Return one line on a description with counts: method, NFE, guidance and precision."""
+    """Return one line on a description with counts: method, NFE, guidance, precision, path and prediction."""
     d = description
     rule = d.get("guidance", "no guidance")
     if "guidance" not in d and d["cfg_scale"] != 1:
         low, high = d["cfg_interval"]
         where = "" if (low, high) == guidance.WHOLE else f" for t in [{low:g}, {high:g}]"
         rule = f"guidance {d['cfg_scale']:g} on {d['guided_channels']} of {d['channels']} channels{where}"
+    trained = f", {d['path'].removesuffix('Path')} {d['prediction']}" if "path" in d else ""
     return (
         f"{d['mode']} {d['sampling_method']}, {d['nfe']} NFE ({d['forward_passes']} forward passes), {rule}, "
-        f"{d['precision']}"
+        f"{d['precision']}{trained}"
     )

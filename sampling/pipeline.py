@@ -8,10 +8,10 @@ import torch
 import vae as autoencoders
 from models import SiT, SiT_models
 from transport import Transport, create_transport
-from utils import hub, precision
+from utils import distributed, hub, precision
 from utils.command_line import flag_name
-from utils.tensor_files import check_fit
-from utils.weights import TRANSPORT_KEYS, load_weights, model_config_from_shapes
+from utils.files import named, one_line
+from utils.weights import TRANSPORT_KEYS, build_model, class_names, load_weights, model_config_from_shapes
 
 # The classes of the official sample.py: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox.
 SHOWN_IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -27,6 +27,7 @@ class Pipeline:
     device: torch.device
     guided_channels: int | None  # leading channels that classifier-free guidance acts on; None: all
     model_config: dict = dataclasses.field(default_factory=dict)  # arguments of SiT
+    class_names: list | None = None  # (num_classes,) str; None if unknown
     precision: str = "fp32"  # see `speed_up`
     compiled: bool = False
 
@@ -65,54 +66,88 @@ def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", ema=
     """Load a checkpoint as a `Pipeline`.
 
     `ckpt` is as `hub.resolve` takes it; None means the released weights of given['model'] at given['image_size'].
-    `guided_channels` is a number or 'all'; None means all for checkpoints of train.py, 3 for others. `given` are flags
-    of `flags.WEIGHTS_FLAGS`, which describe weights without a config. Raise ValueError if the weights are missing or do
-    not fit, or a flag contradicts them."""
+    `guided_channels` is a number or 'all'; None means all for checkpoints of train.py and REPA, 3 for others. `given`
+    are flags of `flags.WEIGHTS_FLAGS`, which describe weights without a config. Rank 0 says what it loads and assumes.
+    Raise ValueError if the weights are missing or do not fit, or a flag contradicts them."""
     ckpt = ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}"
+    if distributed.rank() == 0:
+        print(f"loading {ckpt}", flush=True)
     weights = load_weights(hub.resolve(ckpt), ema)
+    latents = weights.config.get("latents", {})  # has a scale and a shift if these are not the autoencoder's own
+    vae = given.get("vae") or latents.get("vae", "ema")
+    if distributed.rank() == 0:
+        for note in [*weights.notes, *_assumptions(weights, given)]:
+            print(note, flush=True)
+    damaged = (TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError)
     try:
         config = _model_config(weights, given)
-        model = SiT(**config)
+        model = build_model(config, weights)
         transport = create_transport(**_transport_config(weights, given))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{weights.path}: its configuration is damaged: {error}") from error
-    vae = given.get("vae") or weights.config.get("latents", {}).get("vae", "ema")
+    except damaged as error:
+        raise ValueError(f"{weights.path}: its configuration is damaged: {one_line(error)}") from error
     downsampling, channels = autoencoders.geometry(vae, model.in_channels)
     image_size = model.input_size * downsampling
+    if weights.config.get("project") and latents.get("image_size", image_size) != image_size:
+        makes = f"trained at resolution {latents['image_size']}, with --vae {vae} they make {image_size} pixels"
+        raise ValueError(f"{weights.path} holds {weights.config['project']}; {makes}")
     if channels != model.in_channels:
         raise ValueError(f"the weights take {model.in_channels} channels, but --vae {vae} makes {channels}")
     if given.get("image_size", image_size) != image_size:
         raise ValueError(f"--image-size {given['image_size']} contradicts the weights, which make {image_size} pixels")
-    check_fit(model.state_dict(), weights.state_dict, weights.path)
-    model.load_state_dict(weights.state_dict)
     if guided_channels not in (None, "all") and guided_channels > model.in_channels:
         raise ValueError(f"--guided-channels {guided_channels}: the model has {model.in_channels}")
-    guided_channels = guided_channels or ("all" if weights.own else 3)
+    guided_channels = guided_channels or weights.guided_channels
     guided_channels = None if guided_channels == "all" else guided_channels
-    space = autoencoders.open_space(vae, device, autoencoders.PRECISIONS[vae_precision])
-    return Pipeline(model.to(device).eval().requires_grad_(False), transport, space, device, guided_channels, config)
+    scaling = latents.get("scale"), latents.get("shift")
+    space = autoencoders.open_space(vae, device, autoencoders.PRECISIONS[vae_precision], *scaling)
+    model = model.to_empty(device=device)  # memory is taken for what fits
+    model.load_state_dict(weights.state_dict)
+    names = class_names(weights.config)
+    model = model.eval().requires_grad_(False)
+    return Pipeline(model, transport, space, device, guided_channels, config, class_names=names)
 
 
 def _model_config(weights, given):
     """Return SiT's arguments, from the checkpoint or by shapes. Flags must agree, or say what shapes do not."""
-    named = given.get("model") or weights.config.get("model_name")
-    size = SiT_models[named].keywords if named in SiT_models else {}
+    name = given.get("model") or weights.config.get("model_name")
+    size = SiT_models[name].keywords if name in SiT_models else {}
     if weights.own:
         config = weights.config["model"]
     else:
-        config = model_config_from_shapes(weights.state_dict)
-        config.setdefault("num_heads", given.get("num_heads", size.get("num_heads")))
+        num_classes = weights.config.get("num_classes") or given.get("num_classes")
+        with named(weights.path, ValueError):
+            shapes = model_config_from_shapes(weights.state_dict, num_classes)
+        if "model" not in given and size.get("hidden_size") != shapes["hidden_size"]:
+            size = {}  # another project's model of this name
+        config = {"num_heads": size.get("num_heads")} | shapes
+        config["num_heads"] = given.get("num_heads", config["num_heads"])
         if config["num_heads"] is None:
             width = f"{weights.path} has width {config['hidden_size']}, which is none of S, B, L, XL"
             raise ValueError(f"{width}, so its number of attention heads cannot be inferred; give --num-heads")
     if "model" in given:
         for key, value in size.items():
             if config[key] != value:
-                raise ValueError(f"--model {named} contradicts the weights: their {key} is {config[key]}, not {value}")
+                raise ValueError(f"--model {name} contradicts the weights: their {key} is {config[key]}, not {value}")
     for key in ("num_classes", "num_heads"):
         if given.get(key, config[key]) != config[key]:
             raise ValueError(f"{flag_name(key)} {given[key]} contradicts the weights: it is {config[key]}")
     return config
+
+
+def _assumptions(weights, given):
+    """Return lines for the user on what weights and flags do not say; none if they say all."""
+    rows = weights.state_dict.get("y_embedder.embedding_table.weight", torch.empty(0)).shape[:1]
+    lines = []
+    if not weights.own and rows == (given.get("num_classes"),):
+        lines.append(f"{weights.path} has embeddings of {rows[0]} labels: none of them is taken for the null class")
+    known = weights.config.get("transport", {}) | weights.config.get("latents", {}) | given
+    assumed = {"path_type": "Linear", "prediction": "velocity", "vae": "ema"}
+    missing = {key: value for key, value in assumed.items() if key not in known}
+    values = ", ".join(f"{flag_name(key)} {value}" for key, value in missing.items())
+    if missing:
+        problem = f"{weights.path} does not say how it was trained; assumed: {values}"
+        lines.append(f"{problem}. Give these flags if it was otherwise")
+    return lines
 
 
 def _transport_config(weights, given):

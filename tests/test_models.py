@@ -1,11 +1,13 @@
+import inspect
 import json
+import math
 
 import pytest
 import torch
 from conftest import load_golden
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import SiT, SiT_models
+from models import SiT, SiT_models, TimestepEmbedder
 
 GOLDEN = load_golden("model.npz")
 META = json.loads(GOLDEN["meta"])
@@ -203,3 +205,46 @@ def test_buffers_that_checkpoints_do_not_hold_are_refused(monkeypatch):
     assert setup.build_model({"model": dict(sizes, persistent=True)}).phase.is_meta
     with pytest.raises(ValueError, match="must be persistent: phase"):
         setup.build_model({"model": dict(sizes, persistent=False)})
+
+
+def test_a_new_model_is_initialised_as_dit_is():
+    """Zeros: all biases, the modulations of all blocks and of the last layer, and the last layer itself."""
+    torch.manual_seed(0)
+    model = tiny(hidden_size=128, class_dropout_prob=0.1)
+    parameters = dict(model.named_parameters())
+    zero = {name for name, value in parameters.items() if value.abs().max() == 0}
+    closed = {name for name in parameters if "adaLN_modulation" in name or name.startswith("final_layer.linear")}
+    biases = {name for name in parameters if name.endswith("bias")}
+    assert zero == closed | biases
+    for name in ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"):
+        assert parameters[name].std().item() == pytest.approx(0.02, rel=0.1)
+    for name, value in parameters.items():  # Xavier's uniform distribution, of which the largest is close to the bound
+        if name.endswith("weight") and name not in zero and "embedder" not in name or name == "x_embedder.proj.weight":
+            bound = (6 / (value.shape[0] + value[0].numel())) ** 0.5
+            assert 0.98 * bound < value.abs().max() <= bound and abs(value.mean()) < 0.05 * bound
+
+
+@pytest.mark.parametrize("grad_checkpoint, training, times", [(True, True, 2), (True, False, 1), (False, True, 1)])
+def test_blocks_are_computed_again_in_training_if_activations_are_not_stored(grad_checkpoint, training, times):
+    model, calls = randomise(tiny(depth=2, class_dropout_prob=0.0)).train(training), []
+    model.grad_checkpoint = grad_checkpoint
+    for index, block in enumerate(model.blocks):
+        block.attn.register_forward_hook(lambda *_, index=index: calls.append(index))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    model(x, t, y).square().mean().backward()
+    assert sorted(calls) == sorted([0, 1] * times)
+
+
+def test_the_arguments_of_a_model_are_by_default_those_of_the_released_one():
+    defaults = {key: p.default for key, p in inspect.signature(SiT).parameters.items()}
+    width = dict(hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0)
+    data = dict(input_size=32, patch_size=2, in_channels=4, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True)
+    assert defaults == width | data
+
+
+def test_times_are_embedded_at_frequencies_from_one_down():
+    """At dim / 2 = 2 of them: 1 and 10000^(-1/2) = 0.01 radians per unit of time."""
+    found = TimestepEmbedder.timestep_embedding(torch.tensor([0.0, 1.0, 0.5]), 4)
+    rows = [[math.cos(t), math.cos(0.01 * t), math.sin(t), math.sin(0.01 * t)] for t in (0, 1, 0.5)]
+    torch.testing.assert_close(found, torch.tensor(rows), rtol=1e-6, atol=1e-9)
+    assert TimestepEmbedder.timestep_embedding(torch.zeros(1, dtype=torch.bfloat16), 4).dtype == torch.float32

@@ -1,6 +1,8 @@
 """sample.py, demo.py and the room they share."""
 
 import argparse
+import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -12,11 +14,13 @@ from tqdm import tqdm
 
 import vae
 from models import SiT, SiT_models
-from sampling.draw import GuidedModel, ImageNoise, SampleSettings, generate
-from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS
-from sampling.guidance import WHOLE, resolve_cfg_scale
-from sampling.pipeline import Pipeline, load_pipeline
+from sampling.draw import GuidedModel, ImageNoise, SampleSettings, decode, draw_labels, generate, resolve_settings
+from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS, add_sampling_flags, solver_settings
+from sampling.guidance import WHOLE, in_interval, resolve_cfg_scale
+from sampling.pipeline import Pipeline, default_labels, load_pipeline
+from transport import create_transport
 from utils import checkpoint
+from utils.command_line import Parser
 from utils.grids import save_grid, to_uint8
 from utils.weights import load_weights
 
@@ -172,7 +176,7 @@ def official_file(folder, arguments):
 
 
 def test_official_checkpoints_bring_their_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr(vae, "LatentSpace", lambda vae, device, dtype: vae)
+    monkeypatch.setattr(vae, "open_space", lambda vae, *more: vae)
     path = official_file(tmp_path, dict(path_type="VP", prediction="score", vae="mse", image_size=64, lr=1e-4))
     pipeline = load_pipeline(path, CPU)
     assert (pipeline.transport.prediction, pipeline.transport.sample_eps) == ("score", 1e-3)
@@ -199,3 +203,176 @@ def test_guidance_scale_by_default_and_without_a_null_class():
     assert resolve_cfg_scale(1.5, with_null) == 1.5 and resolve_cfg_scale(1.0, without) == 1
     with pytest.raises(ValueError, match="null class"):
         resolve_cfg_scale(1.5, without)
+
+
+@pytest.mark.parametrize(
+    "flag, allowed, refused",
+    [
+        ("--num-classes", ["1"], ["0", "-1", "1.5"]),
+        ("--num-heads", ["1"], ["0"]),
+        ("--image-size", ["1"], ["0"]),
+        ("--guided-channels", ["1", "all"], ["0", "none"]),
+        ("--num-sampling-steps", ["2"], ["1"]),
+        ("--time-shift", ["0.1", "3"], ["0", "-1"]),
+        ("--atol", ["1e-9"], ["0", "nan"]),
+        ("--rtol", ["1e-9"], ["0", "inf"]),
+        ("--diffusion-norm", ["0", "9"], ["-0.1"]),
+        ("--last-step-size", ["0.001", "0.999"], ["0", "1"]),
+        ("--train-eps", ["0", "0.499"], ["0.5", "-0.1"]),
+        ("--sample-eps", ["0", "0.499"], ["0.5", "-0.1"]),
+        ("--cfg-interval", ["0 1"], ["0 1.01", "-0.1 1"]),
+        ("--cfg-scale", ["0", "7.5"], ["nan", "all"]),
+        ("--precision", ["fp32", "bf16"], ["fp16"]),
+        ("--vae-precision", ["fp32", "bf16"], ["tf32"]),
+    ],
+)
+def test_the_range_of_every_number(flag, allowed, refused, capsys):
+    parser = Parser("")
+    add_sampling_flags(parser)
+    for text in allowed:
+        parser.parse_args([flag, *text.split()])
+    for text in refused:
+        with pytest.raises(SystemExit):
+            parser.parse_args([flag, *text.split()])
+        assert f"argument {flag}: must be a" in capsys.readouterr().err or flag.endswith("precision")
+
+
+def test_labels_and_noise_of_a_seed_stay_what_they_are_and_share_no_stream():
+    """These numbers may never change: a seed would mean other samples."""
+    assert draw_labels(6, 1000, 0, False).tolist() == [889, 449, 25, 391, 767, 576]
+    assert draw_labels(12, 5, 0, True).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    noise = ImageNoise(0, [0, 7], CPU).draw((2,))
+    torch.testing.assert_close(noise, torch.tensor([[1.1176220, -1.3871249], [-1.5634333, 0.0549674]]))
+    torch.testing.assert_close(ImageNoise(3, [0], CPU).draw((1,), "random"), torch.tensor([[0.8115045]]))
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """SiT-S/8 and SiT-S/4, cut to one block of width 24."""
+    for patch_size in (8, 4):
+        size = functools.partial(SiT, patch_size=patch_size, hidden_size=24, depth=1, num_heads=6)
+        monkeypatch.setitem(SiT_models, f"SiT-S/{patch_size}", size)
+
+
+def test_a_model_s_name_describes_weights_and_must_agree_with_them(tmp_path, small_sizes):
+    model = SiT_models["SiT-S/8"](input_size=8, in_channels=1, num_classes=6)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    official = {"ema": model.state_dict(), "args": argparse.Namespace(model="SiT-S/8", path_type="GVP")}
+    torch.save(official, tmp_path / "official.pt")
+    with pytest.raises(ValueError, match="give --num-heads"):
+        load_pipeline(tmp_path / "bare.pt", CPU, vae="none")
+    for name, given in (("bare.pt", dict(model="SiT-S/8")), ("official.pt", {}), ("official.pt", dict(num_heads=6))):
+        assert load_pipeline(tmp_path / name, CPU, vae="none", **given).model_config["num_heads"] == 6
+        with pytest.raises(ValueError, match="--model SiT-S/4 contradicts the weights.* patch_size is 8, not 4"):
+            load_pipeline(tmp_path / name, CPU, vae="none", model="SiT-S/4")
+
+
+def test_shapes_and_digests_are_those_of_the_space(small_vae, pipeline):
+    """Latents of two channels are decoded to three channels of twice the side; pixels have the channels of the data."""
+    model = SiT(input_size=4, in_channels=2, hidden_size=8, depth=1, num_heads=1, num_classes=3)
+    spaces = [vae.LatentSpace(small_vae(latent_channels=2, scaling_factor=f), CPU) for f in (0.5, 0.25)]
+    first, second = (Pipeline(model, create_transport(), space, CPU, None) for space in spaces)
+    assert (first.latent_shape, first.image_shape) == ((2, 4, 4), (8, 8, 3))
+    assert (pipeline.latent_shape, pipeline.image_shape) == ((1, 8, 8), (8, 8, 1))
+    settings = SampleSettings("ODE", EULER, cfg_scale=1.0)
+    assert generate(first, [0], settings)[0].shape == (1, 8, 8, 3)
+    assert pipeline.digests()["vae"] == {}
+    digests = first.digests()
+    assert digests["vae"]["scale"] == 0.5 and digests["weights_sha256"] == second.digests()["weights_sha256"]
+    assert digests["vae"]["sha256"] == second.digests()["vae"]["sha256"] != digests["weights_sha256"]
+    with torch.no_grad():
+        model.pos_embed[0, 0, 0] += 1
+    assert first.digests()["weights_sha256"] != digests["weights_sha256"]
+
+
+def test_the_image_size_is_that_of_decoded_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "open_space", lambda vae, *more: vae)
+    path = official_file(tmp_path, dict(vae="ema"))
+    assert load_pipeline(path, CPU, image_size=64).model.input_size == 8
+    with pytest.raises(ValueError, match="--image-size 8 contradicts the weights, which make 64 pixels"):
+        load_pipeline(path, CPU, image_size=8)
+
+
+@pytest.mark.parametrize(
+    "mode, method, sizes", [("ODE", "dopri5", (64, 64)), ("ODE", "rk4", (3, 100)), ("SDE", "Heun", (3, 100))]
+)
+def test_an_adaptive_solver_takes_the_same_images_at_a_time_whatever_the_batch(mode, method, sizes):
+    settings = SampleSettings(mode, {"sampling_method": method})
+    assert tuple(settings.group_size(batch_size) for batch_size in (3, 100)) == sizes
+
+
+def test_an_interval_of_guidance_includes_its_ends():
+    for t, expected in ((0.24, "plain"), (0.25, "guided"), (0.5, "guided"), (0.51, "plain")):
+        rule, network = (lambda *arguments, name=name: name for name in ("guided", "plain"))
+        assert in_interval(network, None, torch.tensor([t]), None, rule=rule, low=0.25, high=0.5) == expected
+
+
+def test_a_compiled_network_gets_whole_batches_of_the_right_labels(pipeline):
+    seen = []
+
+    def rule(network, x, t, y):
+        seen.append(y.tolist())
+        return network(x, t, y)
+
+    x, t, y = torch.randn(5, 1, 8, 8), torch.full((5,), 0.3), torch.tensor([1, 2, 3, 4, 5])
+    plain, whole = (
+        GuidedModel(dataclasses.replace(pipeline, compiled=compiled), rule, 3, tqdm(disable=True))
+        for compiled in (False, True)
+    )
+    torch.testing.assert_close(whole(x, t, y), plain(x, t, y), atol=1e-5, rtol=1e-5)
+    assert seen == [[1, 2, 3], [4, 5, 5], [1, 2, 3], [4, 5]]
+    assert (whole.nfe, whole.forward_passes, plain.forward_passes) == (1, 1, 1)
+    torch.testing.assert_close(whole(x[:3], t, y[:3]), plain(x[:3], t, y[:3]), atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_checkpoint_the_released_weights_are_asked_for(monkeypatch):
+    def resolve(name):
+        raise ValueError(f"asked for {name}")
+
+    monkeypatch.setattr("utils.hub.resolve", resolve)
+    for given, name in (({}, "SiT-XL/2-256"), (dict(model="SiT-B/4", image_size=512), "SiT-B/4-512")):
+        with pytest.raises(ValueError, match=f"asked for {name}"):
+            load_pipeline(None, CPU, **given)
+
+
+def test_images_that_are_not_finite_are_refused_whether_network_or_autoencoder_made_them(pipeline):
+    class Space(vae.PixelSpace):
+        def decode(self, latents):
+            return latents / 0
+
+    images = torch.rand(5, 1, 8, 8)
+    assert decode(pipeline, images, 2).shape == (5, 8, 8, 1)
+    with pytest.raises(ValueError, match="not finite"):
+        decode(dataclasses.replace(pipeline, space=Space()), images, 2)
+    images[4, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        decode(pipeline, images, 2)
+
+
+def test_the_classes_of_a_grid():
+    """Those of the official sample.py for ImageNet; otherwise the first ten."""
+    assert default_labels(1000) == [207, 360, 387, 974, 88, 979, 417, 279]
+    assert default_labels(3) == [0, 1, 2] and default_labels(999) == list(range(10))
+
+
+def test_the_defaults_of_the_flags_are_those_of_help():
+    grid = dict(num_steps=250, time_shift=1.0)
+    ode = dict(sampling_method="dopri5", atol=1e-6, rtol=1e-3, reverse=False) | grid
+    sde = dict(sampling_method="Euler", diffusion_form="sigma", diffusion_norm=1.0, last_step="Mean") | grid
+    assert solver_settings(None, {}) == solver_settings("ODE", {}) == ("ODE", ode)
+    assert solver_settings("SDE", {}) == ("SDE", sde | dict(last_step_size=0.04))
+    with pytest.raises(ValueError, match="--rtol has no effect on SDE"):
+        solver_settings("SDE", {"rtol": 1e-4})
+    assert solver_settings("ODE", {"sampling_method": "rk4", "time_shift": 3.0})[1]["time_shift"] == 3.0
+
+
+def test_settings_of_flags(pipeline):
+    def resolve(cfg_scale, cfg_interval):
+        return resolve_settings(pipeline, "ODE", EULER, cfg_scale, cfg_interval, 5)
+
+    assert resolve(None, None) == SampleSettings("ODE", EULER, 4.0, WHOLE, 5)
+    assert resolve(2.0, [0.25, 0.5]) == SampleSettings("ODE", EULER, 2.0, (0.25, 0.5), 5)
+    assert resolve(1.0, None).cfg_scale == 1
+    for scale, interval in ((1.0, [0.25, 0.5]), (2.0, [0.5, 0.5]), (2.0, [0.5, 0.25])):
+        with pytest.raises(ValueError, match="--cfg-interval"):
+            resolve(scale, interval)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from .official import OfficialNames, PathType, named
 from .path import PATHS, check_choice, expand_like
 
 PREDICTIONS = ("velocity", "score", "noise")
@@ -11,7 +12,8 @@ LOSS_WEIGHTS = (None, "velocity", "likelihood")
 
 
 def create_transport(path_type="Linear", prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
-    """Return the `Transport` that trains and samples a network; `path_type` is a name in `PATHS`."""
+    """Return the `Transport` that trains and samples a network; `path_type` is a name in `PATHS`, or of `PathType`."""
+    path_type = named(path_type)
     check_choice("path type", path_type, PATHS)
     return Transport(PATHS[path_type](), prediction, loss_weight, train_eps, sample_eps)
 
@@ -24,7 +26,7 @@ def logit_normal(uniform, mean=0.0, std=1.0):
     return torch.sigmoid(mean + std * torch.special.ndtri(uniform))
 
 
-class Transport:
+class Transport(OfficialNames):
     """A path together with a prediction target.
 
     A model is any function `model(x, t, **model_kwargs)` of x (N, ...) and t (N,) in [0, 1] that returns x's shape.
@@ -37,10 +39,24 @@ class Transport:
         train_eps, sample_eps: in [0, 0.5): how far training times and sampling stay from the singular ends of [0, 1]:
             both ends, or the data end alone if the path is not `singular_at_noise`. None: the path's default; 0 for
             velocity if the path has `finite_derivatives`. Each is used as given, whether or not the other is.
+        path_type, model_type, loss_type: path, prediction and loss weight by the enums of the official code instead.
 
     Raise ValueError for an unknown name, or an eps out of range; the message lists what is allowed."""
 
-    def __init__(self, path, prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None):
+    def __init__(
+        self,
+        path=None,
+        prediction="velocity",
+        loss_weight=None,
+        train_eps=None,
+        sample_eps=None,
+        *,
+        path_type=None,
+        model_type=None,
+        loss_type=None,
+    ):
+        path = PATHS[named(path_type or PathType.LINEAR)]() if path is None else path
+        prediction, loss_weight = named(model_type or prediction), named(loss_type or loss_weight)
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("loss weight", loss_weight, LOSS_WEIGHTS)
         for name, eps in (("train_eps", train_eps), ("sample_eps", sample_eps)):
