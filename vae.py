@@ -5,14 +5,13 @@ applied in this file alone."""
 
 import math
 import os
-import warnings
 
 import torch
 
-from utils import hub
-from utils.files import named
+from utils import autoencoder
 
 RELEASED_VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+UNKNOWN_VAE = "unknown"  # in place of a name: of latents whose files do not say which autoencoder made them
 RELEASED_GEOMETRY = (8, 4)  # downsampling and channels, so that sizes can be checked without network access
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE_PIXELS = 32 * 256 * 256  # pixels that go through the autoencoder at a time: memory does not grow with the batch
@@ -33,24 +32,23 @@ class PixelSpace:
 class LatentSpace:
     """The latent space of a frozen `diffusers.AutoencoderKL`. Raise ValueError if that cannot be loaded.
 
-    `vae` is 'ema', 'mse', a hub name, or a folder that `save_pretrained` wrote. It runs on `device` in `dtype`; inputs
-    and outputs are float32. If `scale` and `shift` are given, as in its config, it is loaded at its first use: training
-    on cached latents needs it to decode alone."""
+    `vae` is 'ema', 'mse', a hub name, or a folder that `save_pretrained` wrote, of the autoencoder or of a pipeline. It
+    runs on `device` in `dtype`; inputs and outputs are float32. The network gets (latent - shift) * scale, each of the
+    two a float, or a list of one per channel. If `scale` and `shift` are given, as in its config, it is loaded at its
+    first use: training on cached latents needs it to decode alone."""
 
     in_pixels = False
 
     def __init__(self, vae, device, dtype=torch.float32, scale=None, shift=None):
         self.vae, self.name, self.device, self.dtype, self.model = vae, full_name(vae), device, dtype, None
         if scale is None or shift is None:
-            config = self.load().config
-            scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+            scale, shift = autoencoder.scale_and_shift(self.load().config)
         self.scale, self.shift = scale, shift
 
     def load(self):
         """Return the autoencoder, loaded at the first call. Raise ValueError if it cannot be loaded."""
         if self.model is None:
-            # The way to load with little memory needs another package, and warns of that on every load.
-            model = _from_hub_or_folder("from_pretrained", self.vae, torch_dtype=self.dtype, low_cpu_mem_usage=False)
+            model = autoencoder.load(_name(self.vae), self.dtype)
             # Convolutions are faster with channels last on GPUs.
             layout = torch.channels_last if torch.device(self.device).type == "cuda" else torch.contiguous_format
             self.model = model.to(self.device, memory_format=layout).eval().requires_grad_(False)
@@ -59,7 +57,7 @@ class LatentSpace:
     @property
     def downsampling(self):
         """Side of an image divided by the side of its latent."""
-        return _geometry(self.load().config)[0]
+        return autoencoder.geometry(self.load().config)[0]
 
     @torch.no_grad()
     def moments(self, images):
@@ -71,13 +69,19 @@ class LatentSpace:
         """Sample scaled latents from posteriors; `noise` is standard normal (N, channels, h, w), drawn if None."""
         mean, std = moments.unbind(1)
         noise = torch.randn_like(mean) if noise is None else noise
-        return (mean + std * noise - self.shift) * self.scale
+        return (mean + std * noise - _per_channel(self.shift, mean)) * _per_channel(self.scale, mean)
 
     @torch.no_grad()
     def decode(self, latents):
         """Return images (N, 3, H, W), about in [-1, 1], of latents (N, channels, h, w)."""
-        parts = _slices(latents / self.scale + self.shift, self.downsampling)
+        latents = latents / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
+        parts = _slices(latents, self.downsampling)
         return torch.cat([self.load().decode(part.to(self.dtype)).sample.float() for part in parts])
+
+
+def _per_channel(value, latents):
+    """Return a float as it is, and a list of one per channel as a tensor (C, 1, 1) for latents (N, C, h, w)."""
+    return latents.new_tensor(value)[:, None, None] if isinstance(value, list) else value
 
 
 def _slices(batch, downsampling=1):
@@ -85,40 +89,29 @@ def _slices(batch, downsampling=1):
     return batch.split(max(1, SLICE_PIXELS // (math.prod(batch.shape[-2:]) * downsampling**2)))
 
 
-def open_space(vae, device, dtype=torch.float32):
-    """Return the space that --vae names: a `PixelSpace` for 'none', else a `LatentSpace`."""
-    return PixelSpace() if vae == "none" else LatentSpace(vae, device, dtype)
+def open_space(vae, device, dtype=torch.float32, scale=None, shift=None):
+    """Return the space that --vae names: a `PixelSpace` for 'none', else a `LatentSpace`, loaded."""
+    if vae == "none":
+        return PixelSpace()
+    space = LatentSpace(vae, device, dtype, scale, shift)
+    space.load()
+    return space
 
 
 def full_name(vae):
     """Return the one name of an autoencoder that --vae may name in several ways: its absolute path or hub name."""
-    return os.path.realpath(vae) if os.path.isdir(vae) else RELEASED_VAES.get(vae, vae)
+    return os.path.realpath(autoencoder.folder_of(vae)) if os.path.isdir(vae) else RELEASED_VAES.get(vae, vae)
+
+
+def _name(vae):
+    """Return the folder or hub name that --vae means. Raise ValueError if it is unknown."""
+    if vae == UNKNOWN_VAE:
+        raise ValueError("the latents do not say which VAE made them; give --vae (to train without: --sample-every 0)")
+    return RELEASED_VAES.get(vae, vae)
 
 
 def geometry(vae, pixel_channels):
     """Return (downsampling, channels) of the space that --vae names, without its weights. Raise ValueError."""
     if vae == "none":
         return 1, pixel_channels
-    return RELEASED_GEOMETRY if vae in RELEASED_VAES else _geometry(_from_hub_or_folder("load_config", vae))
-
-
-def _geometry(config):
-    return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
-
-
-def _from_hub_or_folder(method, vae, **options):
-    """Return AutoencoderKL.method(vae, **options), from a folder, the hub's cache or the hub. Raise ValueError."""
-    from diffusers import AutoencoderKL  # takes seconds to import, and pixel space does not need it
-
-    load, name = getattr(AutoencoderKL, method), RELEASED_VAES.get(vae, vae)
-    allowed = "'ema', 'mse', a hub name, a folder of diffusers' AutoencoderKL, and 'none' for pixel space"
-    problem = f"cannot load the VAE {vae!r}; allowed are {allowed}"
-    with named(problem, (OSError, ValueError, KeyError, TypeError)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers warns of its own calls to the hub
-        try:
-            return load(name, local_files_only=True, **options)
-        except OSError:
-            if os.path.exists(name):
-                raise
-            hub.require(f"the VAE {name}")
-            return load(name, **options)
+    return RELEASED_GEOMETRY if vae in RELEASED_VAES else autoencoder.geometry(autoencoder.locate(_name(vae))[2])

@@ -2,15 +2,20 @@
 
 import argparse
 import importlib
+import io
+import pathlib
 import sys
+import tempfile
 
 import pytest
 import torch
 from conftest import TINY
 from test_models import STATE_DICT
 
+from data.loader import make_loader
 from sampling.flags import SOLVER_FLAGS, solver_settings
-from utils.command_line import Parser, given, integer, number, one_of
+from training import log
+from utils.command_line import Parser, given, integer, location, number, one_of, path, user_errors
 
 SCRIPTS = ("train", "sample", "extract_latents", "download", "demo")
 
@@ -170,6 +175,11 @@ CONFIG_MISTAKES = [
     ("- lr", "must hold 'flag: value' lines"),
     ("a: [", "is not YAML"),
     ("config: other.yaml", "unknown key 'config'"),
+    ("[" * 20_000, "nested too deeply"),
+    ("betas: [0.9, [1]]", "betas must be a list, not [0.9, [1]]"),
+    (f"global-seed: {'9' * 5000}", "is not YAML"),
+    ("lr: 2001-99-99", "is not YAML"),
+    ("betas: &a [1, *a]", "betas must be a list, not [1, [1, [1"),
 ]
 
 
@@ -194,12 +204,129 @@ def test_config_files_set_flags_and_the_command_line_wins(tmp_path):
 
 
 def test_flag_types():
-    assert integer(2)("2") == 2
+    for text, value in (("2", 2), ("1e5", 100_000), ("1_000", 1000), ("2.0", 2), (str(2**63 - 1), 2**63 - 1)):
+        assert integer(2)(text) == value
     assert one_of(None, "a")("none") is None and one_of(None, "a")("None") is None
-    assert number(0, 1)("0.5") == 0.5
-    for parse, text in ((integer(2), "1"), (integer(0), "1.5"), (number(0, 1), "1")):
+    assert location("a b/") == "a b/" and path("a/") == pathlib.Path("a")
+    assert number(0, 1)("0.5") == 0.5 and number()("-1e-1") == -0.1
+    mistakes = [(integer(2), text) for text in ("1", "2.5", "1e-1", "1e400", "inf", "nan", "", "9" * 5000, "1e17")]
+    mistakes += [(integer(0), str(2**63)), (number(0, 1), "1"), (number(), "inf"), (number(), "nan")]
+    mistakes += [(location, ""), (path, "")]  # a shell's variable that is not set
+    for parse, text in mistakes:
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
+
+
+def test_numbers_are_no_flags_because_they_are_negative_and_have_exponents(tmp_path):
+    import train
+
+    parse = train.build_parser().parse_args
+    for text in ("-1e-1", "-.1", "-0.1", "-1E-1"):
+        assert parse(["--logit-normal-mean", text]).logit_normal_mean == -0.1
+    assert parse(["--max-steps", "1e3", "--betas", "9e-1", ".99"]).betas == [0.9, 0.99]
+    (tmp_path / "a.yaml").write_text("logit-normal-mean: -1e-1\nmax-steps: 1e3\nepochs: 2.0e+1\nlr: 1e-5\n")
+    args = parse(["--config", str(tmp_path / "a.yaml")])
+    assert (args.logit_normal_mean, args.max_steps, args.epochs, args.lr) == (-0.1, 1000, 20, 1e-5)
+
+
+NUMBER_MISTAKES = [
+    (
+        ["--global-seed", "20261125093000123456"],
+        "argument --global-seed: must be an integer of at most 9223372036854775807",
+    ),
+    (["--global-seed", "-1"], "argument --global-seed: must be an integer of 0 or more, not '-1'"),
+    (["--max-steps", "1e-1"], "argument --max-steps: must be an integer of 1 or more"),
+    (["--lr", "-1e-4"], "argument --lr: must be a number in (0, inf), not '-1e-4'"),
+    (["--max-grad-norm", "inf"], "argument --max-grad-norm: must be a number in (0, inf), not 'inf'"),
+    (["--betas", "0.9", "-1e-1"], "argument --betas: must be a number in [0, 1), not '-1e-1'"),
+    (["--logit-normal-mean", "-inf"], "argument --logit-normal-mean: must be a number in (-inf, inf), not '-inf'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", NUMBER_MISTAKES)
+def test_numbers_that_make_no_sense_are_named_with_their_flag(arguments, message, capsys, monkeypatch):
+    assert message in fail("train", arguments, capsys, monkeypatch)
+
+
+ALL_SCRIPTS = ("train", "sample", "sample_ddp", "extract_latents", "evaluate", "likelihood", "demo")
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_the_home_folder_is_expanded_in_every_path(script, monkeypatch):
+    """No shell does it behind --flag= or in a YAML file. A flag of a path says so by its metavar or its help."""
+    parsers = []
+
+    def stop(self, argv=None):
+        parsers.append(self)
+        raise SystemExit
+
+    monkeypatch.setattr(Parser, "parse_args", stop)
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main()
+    monkeypatch.setenv("HOME", "/home/me")
+    kinds = ("PATH", "FILE", "FOLDER", "DIR")
+    actions = [action for action in parsers[0]._actions if action.type and any(k in str(action.metavar) for k in kinds)]
+    actions += [action for action in parsers[0]._actions if not action.option_strings and action.type]
+    assert actions
+    for action in actions:
+        assert str(action.type("~/x")) == "/home/me/x", action.option_strings
+        assert str(action.type("a/~/x")) == "a/~/x", action.option_strings
+
+
+def test_a_config_file_and_its_values_may_lie_in_the_home_folder(monkeypatch, tmp_path):
+    import train
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("data-path: ~/data\noutput-dir: ~/run\n", encoding="utf-8")
+    args = train.build_parser().parse_args(["--config=~/a.yaml", "--vae=~/vae"])
+    paths = args.data_path, str(args.output_dir), args.vae
+    assert paths == tuple(f"{tmp_path}/{name}" for name in ("data", "run", "vae"))
+
+
+def test_output_that_the_terminal_has_no_characters_for_is_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    Parser("").parse_args([])
+    print("± 1", flush=True)
+    assert stream.buffer.getvalue() == b"\\xb1 1\n"
+
+
+def test_files_that_fail_are_one_line(capsys):
+    for error, text in (
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (PermissionError(13, "Permission denied", "/a/b"), "/a/b: Permission denied"),
+    ):
+        with pytest.raises(SystemExit) as exit, user_errors(Parser("")):
+            raise error
+        assert exit.value.code == 2 and text in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("cores, ranks, workers", [(1, 1, 1), (2, 1, 2), (64, 1, 4), (8, 4, 2), (2, 8, 1)])
+def test_there_are_at_most_as_many_loader_processes_as_cores(cores, ranks, workers, monkeypatch):
+    import train
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert train.build_parser().parse_args([]).num_workers == workers
+
+
+def test_loader_processes_do_without_a_long_folder_for_temporary_files(monkeypatch, tmp_path):
+    """The names of the sockets in it must have fewer than 108 bytes; a scheduler's folders of jobs are longer."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    for processes, folder in ((0, str(long)), (1, "/tmp")):
+        monkeypatch.setattr("tempfile.tempdir", str(long))
+        make_loader([], [], processes, torch.device("cpu")).close()
+        assert tempfile.tempdir == folder
+
+
+def test_a_folder_is_not_taken_for_a_tracker(monkeypatch, tmp_path):
+    """Such as wandb/, which the package leaves where a run was started."""
+    (tmp_path / "tracker_not_installed").mkdir()
+    monkeypatch.setitem(log.TRACKERS, "tracker", (object, "tracker_not_installed"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="--tracker needs the package tracker"):
+        log.import_trackers(["tracker"])
 
 
 def test_the_official_command_lines_parse():
