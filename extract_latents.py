@@ -8,20 +8,24 @@ Write shards (safetensors) with the posterior's mean and standard deviation of e
 a manifest. Training samples the posterior anew in each epoch, as it does with the autoencoder in the loop. The same
 command continues an extraction that was stopped; neither that nor the number of processes changes what is written."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, while packages load, too, ends without a traceback
+
 import itertools
 import os
-import pathlib
 import time
 
 import torch
 from tqdm import tqdm
 
-from data.cached import ShardWriter
+from data.cached import ShardWriter, size_of_stopped
 from data.images import ImageDataset, check_problems
 from data.loader import make_loader
-from data.sources import DATA_FLAGS, Source, add_data_flags, open_source
+from data.sources import DATA_FLAGS, Source, add_data_flags, flag_rules, open_source
 from utils import distributed
-from utils.command_line import Parser, flag_group, given, integer, one_of, user_errors
+from utils.command_line import Parser, flag_group, given, integer, one_of, path, user_errors, without_effect
 from utils.grids import to_uint8
 from utils.precision import resolve_precision
 from vae import PRECISIONS, LatentSpace, geometry
@@ -31,7 +35,7 @@ def build_parser():
     parser = Parser("Encode a data set into cached latents, on one process or with torchrun on many.")
     add_data_flags(parser)
     add = flag_group(parser, "extraction")
-    add("--output", pathlib.Path, "FOLDER", "folder of the shards and the manifest", required=True)
+    add("--output", path, "FOLDER", "folder of the shards and the manifest", required=True)
     add("--batch-size", integer(1), "N", "images at a time, per rank", default=64)
     add("--shard-size", integer(1), "N", "images per shard", default=4096)
     add("--num-classes", integer(1), "N", "number of classes (default: the data's)")
@@ -52,7 +56,9 @@ def main():
             raise ValueError(f"--data-path {args.data_path} holds cached latents already")
         if source.streamed:
             raise ValueError("--streaming does not go with extraction, which reads examples by index")
-        image_size = args.image_size or source.image_size or 256
+        source.notes += without_effect(parser.changed, flag_rules(args.data_path, args.data_format))
+        multiple = 2 * geometry(args.vae or "ema", None)[0]  # patches are of 2 latent pixels or more
+        image_size = source.choose_image_size(args.image_size or size_of_stopped(args.output), multiple)
         space, encoding = open_autoencoder(args.vae or "ema", args.vae_precision, image_size, device)
         data_path = os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path
         num_classes = source.resolve_classes(args.num_classes, args.skip_bad_images)
@@ -61,8 +67,11 @@ def main():
         settings |= {"num_classes": num_classes, "mirrors": source.mirrors, **encoding}
         settings |= {key: getattr(args, key) for key in ("batch_size", "shard_size", "dtype")}
         settings |= {"keep_images": True} if args.keep_images else {}
-        writer = ShardWriter(args.output, settings)
+        writer = ShardWriter(args.output, settings, source.class_names)
         distributed.on_rank_zero(writer.prepare)
+
+    for line in [*source.notes, *(f"left out {line}" for line in source.left_out)] if rank == 0 else ():
+        print(line, flush=True)
 
     # Encode the shards that are missing, each rank its own.
     mine = distributed.on_rank_zero(writer.missing)[rank :: distributed.world_size()]
@@ -88,7 +97,8 @@ def main():
     # Write the manifest.
     distributed.barrier()
     if rank == 0:
-        writer.finish()
+        with user_errors(parser):
+            writer.finish()
         print(args.output)
     distributed.shutdown()
 

@@ -6,24 +6,27 @@ In pixel space, each of the 256 grey levels gets uniform noise of its width (deq
 on the scale [0, 255], so that it bounds the bits of a lossless code. In a latent space, these are bits per latent
 dimension, which are comparable within one VAE only."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, while packages load, too, ends without a traceback
+
 import math
-import pathlib
 
 import numpy as np
 from tqdm import tqdm
 
-from data.cached import CachedLatents
 from data.images import ImageDataset, check_problems
+from data.labelled import match_classes
 from data.loader import make_loader
-from data.sources import DATA_FLAGS, add_data_flags, open_source
+from data.sources import DATA_FLAGS, Source, add_data_flags, flag_rules, open_source
 from sampling.draw import LABEL_STREAM, ImageNoise
-from sampling.flags import WEIGHTS_FLAGS, add_transport_flags, add_weights_flags
+from sampling.flags import WEIGHTS_FLAGS, add_transport_flags, add_weights_flags, without_effect
 from sampling.pipeline import load_pipeline
 from transport import ODE_METHODS, Sampler
 from utils import distributed, files
-from utils.command_line import Parser, flag_group, given, integer, number, one_of, user_errors
+from utils.command_line import Parser, flag_group, given, integer, number, one_of, path, user_errors
 from utils.precision import resolve_precision
-from vae import LatentSpace
 
 
 def build_parser():
@@ -40,7 +43,7 @@ def build_parser():
     add("--atol", positive, "TOL", "absolute tolerance of adaptive methods", default=1e-6)
     add("--rtol", positive, "TOL", "relative tolerance of adaptive methods", default=1e-3)
     add("--seed", integer(0), "SEED", "decides examples, noise and probes", default=0)
-    add("--json", pathlib.Path, "FILE.json", "write metrics and settings to this file")
+    add("--json", path, "FILE.json", "write metrics and settings to this file")
     return parser
 
 
@@ -58,6 +61,13 @@ def main():
             distributed.on_rank_zero(files.check_output, "--json", args.json)
         pipeline = load_pipeline(args.ckpt, device, vae_precision=args.vae_precision, **given(args, WEIGHTS_FLAGS))
         dataset = open_examples(source, pipeline, f"--data-path {args.data_path}")
+        solver = dict(sampling_method=args.sampling_method, num_steps=args.num_sampling_steps, num_probes=args.probes)
+        solver |= dict(atol=args.atol, rtol=args.rtol)
+        no_encoding = pipeline.space.in_pixels or not isinstance(source, Source)
+        rules = flag_rules(args.data_path, args.data_format)
+        source.notes += without_effect(parser.changed, "ODE", solver, in_pixels=no_encoding, more=rules)
+        for line in source.notes if rank == 0 else ():
+            print(line, flush=True)
         least = args.num_examples or 2  # a standard error needs two
         if len(dataset) < least:
             raise ValueError(f"--data-path {args.data_path}: there are {len(dataset)} examples, fewer than {least}")
@@ -68,8 +78,6 @@ def main():
         batches = [mine[start : start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
         loader = make_loader(dataset, [[(i, False) for i in indices] for indices in batches], 0, device)
         loader = tqdm(loader, total=len(batches), unit=" batches", disable=True if rank else None)
-        solver = dict(sampling_method=args.sampling_method, num_steps=args.num_sampling_steps, num_probes=args.probes)
-        solver |= dict(atol=args.atol, rtol=args.rtol)
         bits = []
         for indices, batch in zip(batches, loader, strict=True):
             check_problems(batch["problems"], args.skip_bad_images)
@@ -84,20 +92,23 @@ def main():
         if args.json is not None:
             metrics = {name: mean, "standard_error": error, "n_examples": len(bits), "left_out": left_out}
             settings = {key: str(value) for key, value in vars(args).items() if value is not None}
-            files.write_json(args.json, metrics | {"settings": settings})
+            with user_errors(parser), files.named(f"--json {args.json}"):
+                files.write_json(args.json, metrics | {"settings": settings})
     distributed.shutdown()
 
 
 def open_examples(source, pipeline, name):
-    """Return the data set of a source, and set the pipeline's space to that of cached latents. Raise ValueError."""
-    model = pipeline.model
+    """Return the data set of a source. Raise ValueError if it does not fit the model."""
+    model, space = pipeline.model, pipeline.space
+    match_classes(source, pipeline.class_names, model.num_classes, name)
     if (source.num_classes or 0) > model.num_classes:
         raise ValueError(f"{name} has {source.num_classes} classes, the model {model.num_classes}")
-    if not isinstance(source, CachedLatents):
+    if isinstance(source, Source):
         return ImageDataset(source, pipeline.image_shape[0], pipeline.image_shape[2], model.num_classes)
-    if (source.channels, source.latent_size) != (model.in_channels, model.input_size):
+    if space.in_pixels or (source.channels, source.latent_size) != (model.in_channels, model.input_size):
         raise ValueError(f"{name}: latents of another shape than the model's")
-    pipeline.space = LatentSpace(source.vae, pipeline.device, scale=source.scale, shift=source.shift)
+    if (source.scale, source.shift) != (space.scale, space.shift):
+        source.notes.append(f"{name}: scale and shift of the latents are not those of the training, which are taken")
     return source
 
 

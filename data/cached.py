@@ -1,5 +1,6 @@
 """Cached latents: shards of posterior moments, which extract_latents.py writes and train.py reads."""
 
+import contextlib
 import os
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,13 @@ import safetensors.torch
 import torch
 from torch.utils.data import Dataset
 
+from data.images import label_problem
 from utils import files
+from utils.weights import class_names
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 SIZES = ("image_size", "channels", "latent_size", "num_classes")  # keys of a manifest that are positive integers
-OTHER_KEYS = {"vae": str, "mirrors": bool, "scale": (int, float), "shift": (int, float)}
+OTHER_KEYS = {"vae": str, "mirrors": bool, "scale": (int, float, list), "shift": (int, float, list)}
 
 
 class CachedLatents(Dataset):
@@ -27,12 +30,18 @@ class CachedLatents(Dataset):
     def __init__(self, folder, skip_bad=False):
         self.folder = pathlib.Path(folder)
         path = self.folder / MANIFEST
+        if not path.is_file():
+            stopped = (self.folder / SETTINGS).is_file()
+            advice = "extract_latents.py has not finished there; run it again" if stopped else "it is no cached latents"
+            raise ValueError(f"{self.folder} has no {MANIFEST}: {advice}")
         manifest = files.read_json(path)
         problem = f"{path} is damaged or was not written by extract_latents.py"
         with files.named(problem, (ValueError, KeyError, TypeError)):
             for key, kind in (dict.fromkeys(SIZES, int) | OTHER_KEYS).items():
                 if not isinstance(manifest[key], kind) or (key in SIZES and manifest[key] < 1):
                     raise ValueError(f"{key} is {manifest[key]!r}")
+                if isinstance(manifest[key], list) and not np.isfinite(manifest[key]).shape == (manifest["channels"],):
+                    raise ValueError(f"{key} is {manifest[key]!r}, not one number per channel")
                 setattr(self, key, manifest[key])
             paths = [self.folder / shard["file"] for shard in manifest["shards"]]
             with ThreadPoolExecutor() as threads:
@@ -43,7 +52,11 @@ class CachedLatents(Dataset):
             raise ValueError((self.left_out or [f"{path} names no shards"])[0])
         labels = [safetensors.safe_open(path, framework="pt").get_tensor("labels") for path in self.paths]
         self.ends, self.labels = np.cumsum([len(part) for part in labels]), torch.cat(labels).numpy()
-        self.num_examples = len(self.labels)
+        self.num_examples, self.class_names, self.notes = len(self.labels), class_names({"data": manifest}), []
+        for i in np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))[:1]:
+            raise ValueError(label_problem(self.labels[i], self.num_classes, f"example {i} of {self.folder}"))
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{path} names {len(self.class_names)} classes and has {self.num_classes}")
         self.stores_images, self.with_images = manifest.get("keep_images", False), False
         self.shards = {}  # open ones, by process and number
 
@@ -78,24 +91,24 @@ class ShardWriter:
     """A writer of cached latents into a folder, shard by shard, that continues where an earlier one was stopped.
 
     `settings` is {key: plain data} of all that decides what is written; num_examples, shard_size and batch_size here.
+    `class_names` go into the manifest.
     """
 
-    def __init__(self, folder, settings):
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder, settings, class_names=None):
+        self.folder, self.settings, self.class_names = folder, settings, class_names
         examples, size = range(settings["num_examples"]), settings["shard_size"]
         self.shards = [examples[start : start + size] for start in range(0, len(examples), size)]
         self.paths = [folder / f"shard-{k:05d}.safetensors" for k in range(len(self.shards))]
 
     def prepare(self):
-        """Create the folder and record the settings. Raise ValueError if it holds other files, or other settings."""
-        path = self.folder / SETTINGS
+        """Create and lock the folder, and record the settings.
+
+        Raise ValueError if it holds other files or other settings, or another process writes to it."""
+        path, advice = self.folder / SETTINGS, "give another --output"
         with files.named(f"--output {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                if any(entry != files.partial_name(path) for entry in self.folder.iterdir()):
-                    raise ValueError(f"--output {self.folder} is not empty, and extract_latents.py did not write it")
-                files.write_json(path, self.settings)
-        files.check_same_settings(path, {"keep_images": None} | self.settings, "give another --output")
+            files.lock(self.folder, f"another process is writing to --output {self.folder}; wait for it, or {advice}")
+            files.keep_settings(path, self.settings, advice, "extract_latents.py")
+        files.check_same_settings(path, {"keep_images": None} | self.settings, advice)
 
     def missing(self):
         """Return the numbers of the shards that are to be written. A damaged shard is named and written again."""
@@ -113,16 +126,21 @@ class ShardWriter:
         return [shard[start : start + size] for start in range(0, len(shard), size)]
 
     def write(self, k, tensors, left_out):
-        """Write shard k, {key: tensor}, and its entry of the manifest; `left_out` has a line for each bad example."""
-        with files.written_whole(self.paths[k]) as partial:
+        """Write shard k, {key: tensor}, and its entry of the manifest; `left_out` has a line for each bad example.
+
+        Raise ValueError if that fails, on a full disk for example."""
+        path, kinds = self.paths[k], (OSError, safetensors.SafetensorError)
+        with files.named(f"{path} cannot be written", kinds), files.written_whole(path) as partial:
             safetensors.torch.save_file(tensors, partial)
-            entry = {"file": self.paths[k].name, "examples": len(tensors["labels"]), **files.manifest_entry(partial)}
-            files.write_json(self.paths[k].with_suffix(".json"), entry | {"left_out": left_out})
+            entry = {"file": path.name, "examples": len(tensors["labels"]), **files.manifest_entry(partial)}
+            files.write_json(path.with_suffix(".json"), entry | {"left_out": left_out})
 
     def finish(self):
-        """Write the manifest: the settings and the entries of all shards."""
+        """Write the manifest: settings, class names and the entries of all shards. Raise ValueError if that fails."""
         entries = [self._entry(k) for k in range(len(self.paths))]
-        files.write_json(self.folder / MANIFEST, self.settings | {"shards": entries})
+        named = {"class_names": self.class_names} if self.class_names else {}
+        with files.named(self.folder / MANIFEST):
+            files.write_json(self.folder / MANIFEST, self.settings | named | {"shards": entries})
         for path in self.paths:
             path.with_suffix(".json").unlink(missing_ok=True)
 
@@ -133,3 +151,10 @@ class ShardWriter:
             return files.read_json(path) if path.is_file() else files.read_json(self.folder / MANIFEST)["shards"][k]
         except (ValueError, KeyError, IndexError):
             return {"bytes": None}
+
+
+def size_of_stopped(folder):
+    """Return the image size of an extraction into `folder` that was stopped, which continues with it; else None."""
+    with contextlib.suppress(ValueError):
+        size = files.read_json(folder / SETTINGS).get("image_size")
+        return size if type(size) is int and size > 0 else None

@@ -1,5 +1,6 @@
 """From labelled images to tensors: decode, crop, mirror, and replace the bad ones."""
 
+import math
 import operator
 import re
 
@@ -12,10 +13,18 @@ from torchvision.transforms.functional import to_pil_image
 from utils.files import one_line
 
 PATIENCE = 1000  # examples that are tried in place of a bad one
+MOST_FILE_PIXELS = 1_000_000_000  # of an image file, 4 GB once decoded; PIL alone refuses more than 179 million
+LONG_SIDE = 16  # in sizes of the crop; an image that would become longer is not enlarged as a whole
 
 
 def label_problem(label, num_classes, name):
-    """Return a line that says what is wrong with the label of the example `name`: -1 is missing; None if it is fine."""
+    """Return a line that says what is wrong with the label of the example `name`; None if it is fine.
+
+    It must be an integer; -1 or None is missing."""
+    try:
+        label = -1 if label is None else operator.index(label)
+    except TypeError:
+        return f"{name}: the label {one_line(repr(label), 80)} is no integer"
     if 0 <= label < num_classes:
         return None
     problem = "the label is missing" if label == -1 else f"label {label} is out of range"
@@ -30,17 +39,50 @@ def check_problems(problems, skip_bad):
     return lines
 
 
+def first_good(read, index, count):
+    """Return the first of the items read(i), i from `index` on, that has no "problems", but the line of the first bad.
+
+    Indices from `count` on begin again at 0. Raise ValueError if PATIENCE examples in a row are bad."""
+    problems = []
+    for i in range(index, index + min(count, PATIENCE)):
+        item = read(i % count)
+        if not item["problems"]:
+            return item | {"problems": problems[:1]}  # the others are reported when their turn comes
+        problems += item["problems"]
+    raise ValueError(f"not one of {len(problems)} examples in a row is good; the first: {problems[0]}")
+
+
 def center_crop(image, size):
     """Crop as ADM does: halve with a box filter while twice too large, resize the short side bicubically, crop."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+    resized = tuple(round(side * scale) for side in image.size)
+    left, top = ((side - size) // 2 for side in resized)
+    if scale > 1 and max(resized) > LONG_SIDE * size:  # 1 x 60,000 pixels would become gigabytes
+        return _enlarge_part(image, resized, (left, top, left + size, top + size))
+    return image.resize(resized, resample=Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
-def _to_pil(image):
+def _enlarge_part(image, resized, crop):
+    """Return the part `crop` of `image.resize(resized)`, larger than the image, without resizing what lies outside.
+
+    The bicubic filter reaches over two pixels, and PIL enlarges the columns first. Rounding can change a pixel by 1."""
+    scales = [side / side_resized for side, side_resized in zip(image.size, resized, strict=True)] * 2
+    left, top, right, bottom = (edge * scale for edge, scale in zip(crop, scales, strict=True))
+    x, y = max(math.floor(left) - 3, 0), max(math.floor(top) - 3, 0)
+    image = image.crop((x, y, min(math.ceil(right) + 3, image.width), min(math.ceil(bottom) + 3, image.height)))
+    width, height, resample = crop[2] - crop[0], crop[3] - crop[1], Image.Resampling.BICUBIC
+    image = image.resize((width, image.height), resample, box=(left - x, 0, right - x, image.height))
+    return image.resize((width, height), resample, box=(0, top - y, width, bottom - y))
+
+
+def allow_large_images():
+    """Let PIL open images of up to MOST_FILE_PIXELS in this process, and refuse larger ones as decompression bombs."""
+    Image.MAX_IMAGE_PIXELS = MOST_FILE_PIXELS // 2  # PIL raises DecompressionBombError above twice as many
+
+
+def to_pil(image):
     """Return an image as a PIL image with 8 bits per channel. Raise ValueError if its range is not known."""
     if not isinstance(image, Image.Image):
         values = np.asarray(image)
@@ -71,27 +113,25 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key):
         index, flip = key
-        problems = []
-        for candidate in range(index, index + min(len(self), PATIENCE)):
-            i = candidate % len(self)
-            item = self.read(i, lambda i=i: self.source.examples[i], flip)
-            if not item["problems"]:
-                return item | {"problems": problems[:1]}  # the others are reported when their turn comes
-            problems += item["problems"]
-        raise ValueError(f"not one of {len(problems)} examples in a row is good; the first: {problems[0]}")
+        return first_good(lambda i: self.read(i, lambda: self.source.examples[i], flip), index, len(self))
 
     def read(self, key, example, flip):
         """Return the item of `example()`, an (image, label) called `key`; "problems" alone if that is bad."""
         name = self.source.name(key)
+        allow_large_images()
         try:
             image, label = example()
-            label = -1 if label is None else operator.index(label)
-            image = center_crop(_to_pil(image).convert(self.mode), self.image_size)
+            image = to_pil(image)
+            # Grey images are converted after the crop, which gives the same pixels: a large scan is in memory once.
+            image = image if image.mode in ("L", self.mode) else image.convert(self.mode)
+            image = center_crop(image, self.image_size).convert(self.mode)
         except Exception as error:  # image decoders raise errors of many kinds
             reason = re.sub(r" ?<_io\.\w+( object at \w+)?>", "", one_line(error))
             return {"problems": [f"{name}: the image cannot be read: {reason}"]}
-        if problem := label_problem(label, self.num_classes, name):
+        new_labels = self.source.new_labels
+        if problem := label_problem(label, self.num_classes if new_labels is None else len(new_labels), name):
             return {"problems": [problem]}
+        label = operator.index(label) if new_labels is None else int(new_labels[label])
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         # In NumPy: PyTorch's threads, on so small a tensor, slow a loader without worker processes several times.

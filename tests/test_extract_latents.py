@@ -194,7 +194,9 @@ def test_digits_are_not_mirrored_from_latents_either(vae, tmp_path):
     assert open_source(str(tmp_path)).mirrors is False
 
 
-@pytest.mark.parametrize("change", [{"shards": []}, {"scale": "x"}, {"latent_size": 0}, {"num_classes": None}])
+@pytest.mark.parametrize(
+    "change", [{"shards": []}, {"scale": "x"}, {"shift": [0.0]}, {"latent_size": 0}, {"num_classes": None}]
+)
 def test_a_manifest_that_makes_no_sense_is_named(change, cached, tmp_path):
     for name, content in contents(cached).items():
         (tmp_path / name).write_bytes(content)
