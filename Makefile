@@ -1,12 +1,16 @@
 # make demo   sets up, trains a small SiT on handwritten digits, writes a picture of samples, prints metrics
 # make test   sets up and runs the tests
 # Both need Python 3.10 or newer and make, and put everything they install into .venv.
+#
+# make test-lower-bounds PYTHON=python3.10
+#             runs the tests with the oldest versions that requirements.txt allows, in .venv-lower-bounds
 
 PYTHON ?= python3
 VENV := .venv
 DEMO := results/digits-$(shell date +%Y%m%d-%H%M%S)
+LOWEST := .venv-lower-bounds
 
-.PHONY: demo test setup
+.PHONY: demo test test-lower-bounds setup
 
 demo: setup
 	$(VENV)/bin/python train.py --config configs/digits.yaml --output-dir $(DEMO)
@@ -15,6 +19,9 @@ demo: setup
 test: setup
 	$(VENV)/bin/python -m pytest
 
+test-lower-bounds: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest
+
 setup: $(VENV)/installed
 
 # The stamp is written last: after an interruption, make installs again.
@@ -22,4 +29,10 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(LOWEST)/installed: requirements.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	sed -E 's/>=([^,]+),.*/==\1/' requirements.txt > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/requirements.txt
 	touch $@

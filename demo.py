@@ -5,6 +5,11 @@
 - Fréchet distance of pixels to real digits, which grows when samples lack variety, however well each is recognised;
   beside it, those of other real digits and of total collapse, one image per class."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, while packages load, too, ends without a traceback
+
 import pathlib
 
 import numpy as np
@@ -45,11 +50,11 @@ def judge(images, labels, real, held_out):
 def main():
     parser = command_line.Parser("Draw digits from a checkpoint trained on them and say how good they are.")
     add = command_line.flag_group(parser, "demo")
-    add("--ckpt", str, "PATH", "run folder or checkpoint folder of a run on the digits", required=True)
+    add("--ckpt", command_line.location, "PATH", "run or checkpoint folder of a run on the digits", required=True)
     add("--samples-per-class", command_line.integer(10), "N", "images of each class", default=50)
     add("--cfg-scale", command_line.number(), "S", "guidance scale", default=1.5)
     add("--seed", command_line.integer(0), "SEED", "noise of image i depends on the seed and i alone", default=0)
-    add("--output", pathlib.Path, "FILE.png", "picture of 100 samples (default: digits.png in the folder of --ckpt)")
+    add("--output", command_line.path, "FILE.png", "picture of 100 samples (default: digits.png in --ckpt)")
     args = parser.parse_args()
     output = args.output or pathlib.Path(args.ckpt) / "digits.png"
     with command_line.user_errors(parser):
@@ -59,12 +64,14 @@ def main():
             raise ValueError(f"--ckpt {args.ckpt} is not of a run on the digits")
         settings = resolve_settings(pipeline, "ODE", ODE_DEFAULTS | {"num_steps": 50}, args.cfg_scale, None, args.seed)
 
-    labels = list(range(10)) * args.samples_per_class
-    images, counts = generate(pipeline, labels, settings, batch_size=500)
-    grids.save_grid(images[:100], output, columns=10)
+        labels = list(range(10)) * args.samples_per_class
+        images, counts = generate(pipeline, labels, settings, batch_size=500)
     description = describe(pipeline, settings) | counts
     metrics = judge(images, np.array(labels), *split_real(open_source("digits")))
-    files.write_json(output.with_suffix(".json"), description | metrics)
+    with command_line.user_errors(parser), files.named(f"--output {output}"):
+        with files.written_whole(output) as partial:
+            grids.save_grid(images[:100], partial, columns=10)
+        files.write_json(output.with_suffix(".json"), description | metrics)
     recognised, recognised_real, distance, floor, collapsed = metrics.values()
     print(summary(description))
     print(f"recognised: {recognised:.1%} of {len(labels)} samples ({recognised_real:.1%} of held-out real digits)")

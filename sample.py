@@ -1,13 +1,18 @@
 """Draw a grid of images from a checkpoint: python sample.py ODE|SDE --ckpt results/000-SiT-XL-2-Linear-velocity-None"""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, while packages load, too, ends without a traceback
+
 import math
 import pathlib
 
 from sampling import flags
-from sampling.draw import decode, describe, draw, resolve_settings, summary
+from sampling.draw import describe, generate, resolve_settings, summary
 from sampling.pipeline import default_labels, load_pipeline
 from utils import distributed, files
-from utils.command_line import Parser, flag_group, given, integer, user_errors
+from utils.command_line import Parser, flag_group, given, integer, path, user_errors
 from utils.grids import check_grid_output, save_grid
 from utils.precision import resolve_precision
 
@@ -21,7 +26,7 @@ def build_parser():
     add("--columns", integer(1), "N", "columns of the grid (default: by the number of images)")
     add("--batch-size", integer(1), "N", "images at a time", default=64)
     add("--seed", integer(0), "SEED", "seed; the noise of image i depends on it and i alone", default=0)
-    add("--output", pathlib.Path, "FILE.png", "grid; FILE.json stores the settings", default=pathlib.Path("sample.png"))
+    add("--output", path, "FILE.png", "grid; FILE.json stores the settings", default=pathlib.Path("sample.png"))
     return parser
 
 
@@ -43,21 +48,23 @@ def main():
             most = pipeline.model.num_classes - 1
             raise ValueError(f"class label {max(labels)} is out of range: the model's are 0 to {most}")
         settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.seed)
+        given_for = mode, solver, settings.cfg_scale, pipeline.space.in_pixels
+        for line in flags.without_effect(parser.changed, *given_for):
+            print(line, flush=True)
 
     # Draw, and write the grid and its settings.
     pipeline.speed_up(precision, args.compile)
     labels_of_images = labels * args.samples_per_class
     batch_size = min(args.batch_size, len(labels_of_images))
     with user_errors(parser):
-        drawn, counts = draw(pipeline, labels_of_images, settings, batch_size=batch_size)
-        if not drawn.isfinite().all():
-            raise ValueError("the network's output is not finite")
-    images = decode(pipeline, drawn, batch_size)
+        images, counts = generate(pipeline, labels_of_images, settings, batch_size=batch_size)
     columns = args.columns or (len(labels) if args.samples_per_class > 1 else max(4, math.ceil(math.sqrt(len(labels)))))
-    save_grid(images, args.output, min(columns, len(images)))
     description = describe(pipeline, settings) | counts
     images_flags = {key: getattr(args, key) for key in ("ckpt", "samples_per_class", "batch_size")}
-    files.write_json(args.output.with_suffix(".json"), description | images_flags | {"class_labels": labels})
+    with user_errors(parser), files.named(f"--output {args.output}"):
+        with files.written_whole(args.output) as partial:
+            save_grid(images, partial, min(columns, len(images)))
+        files.write_json(args.output.with_suffix(".json"), description | images_flags | {"class_labels": labels})
     print(summary(description))
     print(args.output)
 

@@ -3,6 +3,11 @@
 python train.py --config configs/digits.yaml
 torchrun --nproc_per_node=8 train.py --model SiT-XL/2 --data-path /data/imagenet/train"""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, while packages load, too, ends without a traceback
+
 import argparse
 import math
 import pathlib
@@ -18,7 +23,7 @@ from data.sources import DATA_FLAGS, Source, add_data_flags
 from evaluation.images import ImageBatches
 from evaluation.metrics import MOST_PIXELS, MOST_REFERENCES, Monitor
 from models import SiT_models
-from sampling.draw import SampleSettings, draw_labels, generate
+from sampling.draw import NotFinite, SampleSettings, draw_labels, generate
 from sampling.flags import ODE_DEFAULTS, add_transport_flags
 from sampling.guidance import resolve_cfg_scale
 from sampling.pipeline import Pipeline, default_labels
@@ -26,7 +31,7 @@ from training import log, losses, resume, setup
 from training.step import EMA, Trainer, batches_on_device, check_emas, draw_randomness, learning_rate
 from transport import create_transport, logit_normal
 from utils import checkpoint, command_line, distributed
-from utils.command_line import Parser, flag_group, given, integer, number, one_of, plain
+from utils.command_line import Parser, flag_group, given, integer, location, number, one_of, path, plain
 from utils.grids import to_uint8
 from utils.precision import DTYPES, resolve_precision
 from utils.weights import TRANSPORT_KEYS
@@ -35,7 +40,6 @@ from utils.weights import TRANSPORT_KEYS
 SOLVER = ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26}
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
 YES_OR_NO = argparse.BooleanOptionalAction
-COUNTS = ("bad_steps", "bad_in_a_row", "bad_images")  # in trainer_state.json
 
 
 def build_parser():
@@ -103,11 +107,11 @@ def add_hardware_flags(parser):
 
 def add_run_flags(parser):
     add = flag_group(parser, "run")
-    add("--output-dir", pathlib.Path, "DIR", "the run's folder (default: a new, numbered one in --results-dir)")
-    add("--results-dir", pathlib.Path, "DIR", "folder of numbered run folders", default=pathlib.Path("results"))
+    add("--output-dir", path, "DIR", "the run's folder (default: a new, numbered one in --results-dir)")
+    add("--results-dir", path, "DIR", "folder of numbered run folders", default=pathlib.Path("results"))
     where = "auto: from the newest checkpoint in --output-dir, if there is one; or a run folder or checkpoint folder"
-    add("--resume", str, "auto|never|PATH", where, default="auto")
-    add("--init-from", str, "PATH|NAME|URL", "start a new run from weights, named as for sample.py", alias="--ckpt")
+    add("--resume", location, "auto|never|PATH", where, default="auto")
+    add("--init-from", location, "PATH|NAME|URL", "start a new run from weights, named as in sample.py", alias="--ckpt")
     add("--log-every", integer(1), "STEPS", "steps between lines of the log", default=100)
     add("--ckpt-every", integer(1), "STEPS", "steps between checkpoints; the end makes one too", default=50_000)
     add("--keep-checkpoints", integer(1), "N", "keep this many of the newest checkpoints (default: all)")
@@ -116,10 +120,8 @@ def add_run_flags(parser):
     add("--cfg-scale", number(), "S", "guidance scale of those grids (default: 4, or 1 without a null class)")
     add("--eval-every", integer(0), "STEPS", "steps between FIDs of EMA samples without guidance; 0: none", default=0)
     add("--eval-samples", integer(2), "N", "samples for it, over all ranks", default=5000)
-    add(
-        "--eval-reference", pathlib.Path, "PATH", "as for evaluate.py (default: the training images, if they are small)"
-    )
-    add("--inception-weights", pathlib.Path, "FILE.pth", "see evaluate.py (default: download them once)")
+    add("--eval-reference", path, "PATH", "as for evaluate.py (default: the training images, if they are small)")
+    add("--inception-weights", path, "FILE.pth", "see evaluate.py (default: download them once)")
     add("--tensorboard", None, None, "log to TensorBoard, too, in the run's folder")
     add("--wandb", None, None, "log to Weights & Biases, too: WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are read")
     add("--dry-run", None, None, "print flags, sizes and an estimate of the memory, and exit")
@@ -140,10 +142,14 @@ def main(loss_builders=(), extra_emas=()):
         accumulation, micro_batch_size = setup.split_batch(args.global_batch_size, args.micro_batch_size, world_size)
         precision = resolve_precision(args.precision, device, on_gpu="bf16")
         source = setup.open_data(given(args, DATA_FLAGS), args.num_classes, args.dry_run)
-        options, sizes, transport = (
-            given(args, keys) for keys in (setup.model_options(), setup.SIZE_FLAGS, TRANSPORT_KEYS)
-        )
-        config = setup.resolve_config(source, args.model, options, sizes, transport, args.vae, args.skip_bad_images)
+        keys = setup.model_options(), setup.SIZE_FLAGS, TRANSPORT_KEYS
+        options, sizes, transport = (given(args, names) for names in keys)
+        where = ("never", None) if args.dry_run else (args.resume, args.output_dir)
+        start = distributed.on_rank_zero(resume.find_start, *where)
+        more = args.vae, args.skip_bad_images, start.state
+        config = setup.resolve_config(source, args.model, options, sizes, transport, *more)
+        mirror = setup.resolve_flips(source, args.horizontal_flip)
+        source.notes += setup.flags_without_effect(parser.changed, flags, config, source, MOST_PIXELS)
         transport = create_transport(**config["transport"])
         model = setup.build_model(config)
         emas = check_emas([EMA("ema", args.ema_decay, args.ema_warmup), *extra_emas])
@@ -153,15 +159,13 @@ def main(loss_builders=(), extra_emas=()):
         text = f"steps of {args.global_batch_size} images = micro-batch {micro_batch_size} x {world_size} ranks"
         text = f"{text} x {accumulation} gradient accumulation steps; {parallel}, {precision} on {device.type}"
         if args.dry_run:
-            text = f"{setup.last_step(*length, resume.Start()):,} {text}"
+            text = "\n".join([*source.notes, f"{setup.last_step(*length, start):,} {text}"])
             setup.print_plan(flags, config, text, micro_batch_size, precision, mesh, args.grad_checkpoint, device)
             return distributed.shutdown()
 
-        # Find the checkpoint to resume from, load what can fail, and lock the run's folder.
-        start = distributed.on_rank_zero(resume.find_start, args.resume, args.output_dir)
+        # Load what can fail, and lock the run's folder.
         name = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
-        folder = resume.choose_folder(args.output_dir, args.resume, start, args.results_dir, name)
-        output_dir = distributed.broadcast(folder)
+        output_dir = resume.choose_folder(args.output_dir, args.resume, start, args.results_dir, name)
         resume.check_model(config, start)
         weights, notes = setup.initial_weights(config, args.global_seed, args.init_from, start)
         auxiliary = losses.build_losses(loss_builders, model, args.global_seed)
@@ -169,47 +173,46 @@ def main(loss_builders=(), extra_emas=()):
         space = setup.open_training_space(config, source, device, args.vae_precision, decodes, auxiliary)
         monitor = open_monitor(config, source, args.eval_reference, args.inception_weights, device, args.eval_every)
         open_trackers = log.import_trackers([tracker for tracker in log.TRACKERS if flags[tracker]])
-        start = resume.claim_folder(output_dir, args.resume)
-        resume.check_model(config, start)
+        output_dir, start = resume.claim_folder(output_dir, args.resume, numbered=args.output_dir is None)
         max_steps = setup.last_step(*length, start)
         if start.state is not None and start.step >= max_steps:
-            if rank == 0:
-                print(f"{start.folder} is of step {start.step}, and the run has {max_steps}: it is done")
+            distributed.on_rank_zero(print, f"{start.folder} is of step {start.step} of {max_steps}: it is done")
             return distributed.shutdown()
-        distributed.on_rank_zero(resume.set_aside, start, output_dir)
-        trackers = [open_tracker(output_dir, start.step, flags) for open_tracker in open_trackers]
-        run_log = log.RunLog(output_dir, start.step, trackers)
 
     # Build the model, its EMAs, its optimizer, the losses beside the main one, and the batches of this rank.
     adamw = dict(lr=args.lr, betas=args.betas or (0.9, 0.999), weight_decay=args.weight_decay)
     trainer = Trainer(model, transport, device, precision, emas, auxiliary, parallel, mesh, adamw)
-    notes += trainer.start(weights, start.folder, args.grad_checkpoint, args.compile)
+    with command_line.user_errors(parser):
+        start, more = resume.load(trainer, start, weights, config, args.grad_checkpoint, args.compile)
+        max_steps = setup.last_step(*length, start)
+        distributed.on_rank_zero(resume.set_aside, start, output_dir)
+        trackers = [open_tracker(output_dir, start.step, flags) for open_tracker in open_trackers]
+        run_log = log.RunLog(output_dir, start.step, trackers)
+    stop = resume.Stop(output_dir)
     ema_pipeline = Pipeline(trainer.ema_modules["ema"], transport, space, device, None, precision=precision)
-    state = start.state or {"samples_seen": 0, "window": None} | dict.fromkeys(COUNTS, 0)
+    state = start.state or {"samples_seen": 0, "window": None} | dict.fromkeys(resume.COUNTS, 0)
     samples_seen = state["samples_seen"]
-    mirror = source.mirrors if args.horizontal_flip is None else args.horizontal_flip
     order = dict(seed=args.global_seed, rank=rank, world_size=world_size, mirror=mirror, start=samples_seen)
     sampler = GlobalBatchSampler(source.num_examples, args.global_batch_size, micro_batch_size, **order)
-    loader = setup.open_loader(config, source, sampler, args.num_workers, device)
+    loader = setup.open_loader(config, source, sampler, args.num_workers, device, stop.reasons.append)
     batches = batches_on_device(loader, space, device, trainer.reads_images)
     share = args.global_batch_size // world_size
     places = slice(rank * share, (rank + 1) * share)
 
     # Train.
     text = f"{max_steps:,} {text}; torch {torch.__version__}"
-    for line in setup.opening_lines(output_dir, start, notes, config, source, resume.changed_flags(flags, start), text):
+    changed = resume.changes(flags, source.num_examples, start)
+    for line in setup.opening_lines(output_dir, start, notes + more, config, source, changed, text):
         run_log.line(line)
     writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, run_log.line)
-    signals = resume.catch_stop_signals()
     finite = resume.FiniteCheck(device, args.max_bad_steps, state["bad_steps"], state["bad_in_a_row"], run_log.line)
     metrics, meter = log.Metrics(device, state["window"]), log.Meter(config["model"], device, precision)
     left_out = log.LeftOut(state["bad_images"], args.skip_bad_images, [] if start.step else source.left_out)
-    stopping, bar = False, dict(initial=start.step, total=max_steps, unit="step", disable=rank or None)
+    bar = dict(initial=start.step, total=max_steps, unit="step", disable=rank or None)
     for step in tqdm(range(start.step, max_steps), **bar):
         # Draw times, label drops and noise for this rank's places in the global batch.
-        uniform, drop, x0, posterior_noise = draw_randomness(
-            args.global_seed, step, args.global_batch_size, places, ema_pipeline.latent_shape, device
-        )
+        where = args.global_batch_size, places, ema_pipeline.latent_shape, device
+        uniform, drop, x0, posterior_noise = draw_randomness(args.global_seed, step, *where)
         if args.time_sampling == "logit-normal":
             uniform = logit_normal(uniform, args.logit_normal_mean, args.logit_normal_std)
         t, drop = transport.times(uniform), drop < args.class_dropout_prob
@@ -236,12 +239,14 @@ def main(loss_builders=(), extra_emas=()):
         gradient_norm, bad = trainer.update(step, loss, lr, args.max_grad_norm)
         metrics.commit(bad)
 
-        # Read, one step late on a GPU, whether it was finite, and whether a signal asks to stop.
+        # Read, one step late on a GPU, whether it was finite, and whether the run is to stop.
         done, samples_seen = step + 1, samples_seen + args.global_batch_size
         meter.images += args.global_batch_size
-        is_last, stopping = done == max_steps, distributed.any_rank(bool(signals))
+        is_last, saves = done == max_steps, done % args.ckpt_every == 0
+        if stop.check(at_once=saves or is_last) and stop.lost:
+            break
         # The last good checkpoint is kept while steps in a row are not finite.
-        saves = (done % args.ckpt_every == 0 and not finite.in_a_row) or is_last or stopping
+        saves = (saves and not finite.in_a_row) or is_last or stop.stopping
         logs = done % args.log_every == 0 or is_last
         finite.push(done, torch.stack([loss, gradient_norm.to(loss)]), wait=saves or logs)
         if finite.diverged:
@@ -252,8 +257,7 @@ def main(loss_builders=(), extra_emas=()):
         if logs or saves:
             left_out.report(run_log.line)
         if logs:
-            norm = gradient_norm.item()
-            metrics.point("gradient_norm", norm if math.isfinite(norm) else None)
+            metrics.point("gradient_norm", gradient_norm)
             counts = dict(bad_images=left_out.count, bad_steps=finite.bad_steps)
             points = dict(step=done, epoch=epoch, samples_seen=samples_seen, learning_rate=lr)
             run_log.metrics(points | metrics.take() | meter.take() | counts)
@@ -261,7 +265,7 @@ def main(loss_builders=(), extra_emas=()):
         # Save, draw from the EMA, and evaluate it. Their time is not training's.
         with meter.timing("paused"):
             if saves:
-                counts = dict(zip(COUNTS, (finite.bad_steps, finite.in_a_row, left_out.count), strict=True))
+                counts = dict(zip(resume.COUNTS, (finite.bad_steps, finite.in_a_row, left_out.count), strict=True))
                 progress = dict(step=done, epoch=epoch, samples_seen=samples_seen, seed=args.global_seed)
                 state = progress | counts | {"window": metrics.state()} | config | {"args": flags, "versions": VERSIONS}
                 writer.save(done, **trainer.checkpointed(), state=state)
@@ -272,37 +276,46 @@ def main(loss_builders=(), extra_emas=()):
                 distributed.barrier()
             if args.eval_every and done % args.eval_every == 0:
                 run_log.evaluation(done, monitor.metrics(draw_share(ema_pipeline, args.eval_samples, args.global_seed)))
-        if stopping:
-            name = signals[0] if signals else "a signal to another rank"
-            run_log.line(f"{name}: stopping at step {done}; the same command resumes the run")
+        if stop.stopping:
             break
 
     # End when the last checkpoint is on the disk.
+    stop.report(done, run_log.line)
     batches.close()
-    written = writer.finish()
+    failed = stop.lost or not writer.finish()
     run_log.close()
     distributed.shutdown()
-    sys.exit(resume.EXIT_DIVERGED if finite.diverged else resume.EXIT_STOPPED if stopping else int(not written))
+    sys.exit(resume.EXIT_DIVERGED if finite.diverged else int(failed) or resume.EXIT_STOPPED * stop.stopping)
 
 
 def draw_grid(pipeline, cfg_scale, seed):
-    """Return (samples as uint8 (N, H, W, C), columns), from the same noise and classes each time."""
+    """Return (samples as uint8 (N, H, W, C), columns), from the same noise and classes each time.
+
+    The samples are None if they are not finite."""
     labels = default_labels(pipeline.model.num_classes)
     settings = SampleSettings("ODE", SOLVER, cfg_scale, seed=seed)
-    images, _ = generate(pipeline, labels * 2, settings, show_progress=False)
+    try:
+        images, _ = generate(pipeline, labels * 2, settings, show_progress=False)
+    except NotFinite:
+        images = None
     return images, len(labels)
 
 
 def draw_share(pipeline, count, seed):
-    """Return this rank's share of `count` samples as uint8 (N, H, W, C); all ranks make as many evaluations."""
+    """Return this rank's share of `count` samples as uint8 (N, H, W, C); all ranks make as many evaluations.
+
+    Return None on all ranks if samples of any are not finite."""
     labels = draw_labels(count, pipeline.model.num_classes, seed, balanced=False)
     share = math.ceil(count / distributed.world_size())
     first = distributed.rank() * share
     mine = labels[first : first + share].tolist()
     padded = mine + [0] * (share - len(mine))
     settings = SampleSettings("ODE", SOLVER, seed=seed)
-    images, _ = generate(pipeline, padded, settings, first_index=first, show_progress=False)
-    return images[: len(mine)].numpy()
+    try:
+        images, _ = generate(pipeline, padded, settings, first_index=first, show_progress=False)
+    except NotFinite:
+        images = None
+    return None if distributed.any_rank(images is None) else images[: len(mine)].numpy()
 
 
 def open_monitor(config, source, reference, weights, device, eval_every):

@@ -2,75 +2,93 @@
 
 import contextlib
 import math
+import pathlib
 import zipfile
 
 import numpy as np
 from PIL import Image
 
-from utils.files import named
+from data.folders import PassedOver, walk_images
+from data.images import allow_large_images, to_pil
+from utils.files import named, read_npy_header
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")  # of PIL
 # Mean and covariance of Inception's features: pooled ones for FID, and seven channels of a 17 x 17 layer for sFID.
 POOL, SPATIAL_CHANNELS = 2048, 7
 SPATIAL = 17 * 17 * SPATIAL_CHANNELS
 STATISTICS = {"mu": (POOL,), "sigma": (POOL, POOL), "mu_s": (SPATIAL,), "sigma_s": (SPATIAL, SPATIAL)}
+ASYMMETRY = 1e-3  # of a covariance, relative to its largest number; float32 and other orders of summation stay below
 
 
 class ImageBatches:
     """uint8 images of `shape` (N, H, W, C), read batch by batch, and `statistics` {name: float64 array}, or {}.
 
-    `path` is an .npz with the images in arr_0, or a folder of image files of one size. With `may_be_statistics`, the
-    .npz may hold `STATISTICS`, too; without images, `shape` is (0,). Raise ValueError for other or damaged files."""
+    `path` is an .npz with the images in arr_0, or a folder of image files of one size, also in folders within it. With
+    `may_be_statistics`, the .npz may hold mu and sigma of `STATISTICS`, or all four, too; without images, `shape` is
+    (0,). `notes` are lines on what of a folder is passed over. Raise ValueError for other or damaged files."""
 
     def __init__(self, path, may_be_statistics=False):
-        self.path, self.paths, self.shape, self.statistics = path, None, (0,), {}
+        self.path, self.paths, self.shape, self.statistics, self.notes = path, None, (0,), {}, []
         with named(path, Exception):  # a damaged archive raises errors of many kinds
             if path.is_dir():
-                self.paths = sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in IMAGE_SUFFIXES)
-                if not self.paths:
-                    raise ValueError("the folder holds no images")
-                self.mode = "RGB" if any(map(_has_colour, self.paths)) else "L"
-                self.shape = (len(self.paths), *self._read(self.paths[0]).shape)
+                self._open_folder()
             elif zipfile.is_zipfile(path):
                 self._open_npz(may_be_statistics)
+            elif path.suffix in (".pkl", ".pickle"):
+                raise ValueError("a pickle can run code and is not read; store its mu and sigma by np.savez")
             else:
                 raise ValueError("it is not an .npz" if path.is_file() else "no such file or folder")
+
+    def _open_folder(self):
+        passed = PassedOver()
+        found = walk_images(self.path, passed)
+        self.paths = sorted(pathlib.Path(root, name) for root, names in found for name in names)
+        self.notes = [f"{self.path}: {line}" for line in passed.lines()]
+        if not self.paths:
+            raise ValueError("the folder holds no images")
+        allow_large_images()
+        sizes, self.mode = {}, "L"
+        for path in self.paths:
+            with named(path.relative_to(self.path), Exception), Image.open(path) as image:
+                to_pil(Image.new(image.mode, (1, 1)))  # whether the range of its pixels is known
+                sizes.setdefault(image.size, path.name)
+                self.mode = self.mode if image.mode in GREY_MODES else "RGB"
+            if len(sizes) > 1:
+                found = " and ".join(f"{name} of {width} x {height}" for (width, height), name in sizes.items())
+                raise ValueError(f"not all images are of one size: there are {found} pixels")
+        ((width, height),) = sizes
+        self.shape = (len(self.paths), height, width, len(self.mode))
 
     def _open_npz(self, may_be_statistics):
         with np.load(self.path, allow_pickle=False) as content:
             names = set(content.files)
             if may_be_statistics and names & STATISTICS.keys():
-                if missing := STATISTICS.keys() - names:
+                wanted = list(STATISTICS)[: 4 if names & {"mu_s", "sigma_s"} else 2]
+                if missing := set(wanted) - names:
                     raise ValueError(f"the statistics {', '.join(sorted(missing))} are missing")
-                self.statistics = {name: np.asarray(content[name], dtype=np.float64) for name in STATISTICS}
-        for name, array in self.statistics.items():
-            if array.shape != STATISTICS[name]:
-                raise ValueError(f"{name} has the shape {array.shape}; Inception's has {STATISTICS[name]}")
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} is not finite")
+                self.statistics = {name: _checked(name, content[name]) for name in wanted}
         if "arr_0" in names:
             with self._stream() as (shape, _):
                 self.shape = shape
         elif not self.statistics:
-            raise ValueError(f"it holds no arr_0, but {', '.join(sorted(names)) or 'nothing'}")
+            some = sorted(names)[:5] + ["..."] * (len(names) > 5)
+            raise ValueError(f"it holds no arr_0, but {', '.join(some) or 'nothing'}")
 
     @contextlib.contextmanager
     def _stream(self):
         """Give the shape of arr_0, and its file, open behind the header."""
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            shape, fortran_order, dtype = read_header[min(version[0], 2)](file)
+            shape, dtype, in_order = read_npy_header(file)
             size = archive.getinfo("arr_0.npy").file_size - file.tell()
             is_images = dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3) and min(shape) >= 0
-            if not is_images or fortran_order or size != math.prod(shape):
-                found = f"{dtype} {shape}{' in Fortran order' if fortran_order else ''} with {size} bytes"
+            if not is_images or not in_order or size != math.prod(shape):
+                found = f"{dtype} {shape}{'' if in_order else ' in Fortran order'} with {size} bytes"
                 raise ValueError(f"arr_0 is {found}; it must be uint8 (N, H, W, 3) or (N, H, W, 1) in C order")
             yield shape, file
 
     def _read(self, path):
-        with Image.open(path) as image:
-            return np.asarray(image.convert(self.mode)).reshape(*image.size[::-1], -1)
+        with named(path.relative_to(self.path), Exception), Image.open(path) as image:
+            return np.asarray(to_pil(image).convert(self.mode)).reshape(*self.shape[1:])
 
     def __len__(self):
         return self.shape[0]
@@ -85,15 +103,18 @@ class ImageBatches:
                         yield np.frombuffer(file.read(size * math.prod(shape)), np.uint8).reshape(-1, *shape)
                 return
             for start in starts:
-                images = [self._read(path) for path in self.paths[start : start + size]]
-                if any(image.shape != shape for image in images):
-                    raise ValueError(f"not all images are of the size {shape} of the first")
-                yield np.stack(images)
+                yield np.stack([self._read(path) for path in self.paths[start : start + size]])
 
 
-def _has_colour(path):
-    """Return whether an image file is more than greyscale. Raise ValueError for one of more than 8 bits a channel."""
-    with Image.open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{path.name} has more than 8 bits a channel")
-        return image.mode not in ("1", "L")
+def _checked(name, array):
+    """Return one of STATISTICS in float64. Raise ValueError if it cannot be a mean or covariance of these features."""
+    if array.shape != STATISTICS[name]:
+        raise ValueError(f"{name} has the shape {array.shape}; Inception's has {STATISTICS[name]}")
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} holds {array.dtype}, not real numbers")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} is not finite")
+    if array.ndim == 2 and (abs(array - array.T).max() > ASYMMETRY * abs(array).max() or array.diagonal().min() < 0):
+        raise ValueError(f"{name} is no covariance: it is not symmetric, or has a variance below 0")
+    return array

@@ -3,10 +3,10 @@
 import io
 import itertools
 import math
-import pathlib
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from tqdm import tqdm
 
 from evaluation.images import POOL, SPATIAL, SPATIAL_CHANNELS, ImageBatches
@@ -84,6 +84,8 @@ def _root(covariance):
     if not failed and factor.diagonal().min() ** 2 > 1e-10 * covariance.diagonal().max():
         return factor
     values, vectors = torch.linalg.eigh(covariance)
+    if values[0] < -1e-3 * values[-1]:
+        raise ValueError(f"a covariance has the eigenvalue {values[0]:.3g}; none can be below 0")
     rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]  # the square root would magnify it
     return vectors * torch.where(values > rounding, values, 0).sqrt()
 
@@ -149,13 +151,13 @@ def load_inception(path, device):
 
     name = f"--inception-weights {path}"
     if path is None:
-        path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+        path = hub.cache_of_urls() / URL_INCEPTION_V3.rsplit("/", 1)[1]
         name = f"{path} (delete it to download it again)"
         if not path.is_file():
-            hub.require("Inception's weights", URL_INCEPTION_V3)
-            with files.named("cannot fetch Inception's weights", Exception):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=WEIGHTS_SHA256_PREFIX)
+            what = f"Inception's weights, {URL_INCEPTION_V3} (or give a copy by --inception-weights)"
+            if constants.HF_HUB_OFFLINE:
+                raise ValueError(f"cannot fetch {what}: HF_HUB_OFFLINE is set, and they are not in {path.parent}")
+            hub.download(URL_INCEPTION_V3, path, what, WEIGHTS_SHA256_PREFIX)
     with files.named(f"{name} holds no weights of this Inception", Exception):  # damaged files fail in many ways
         # The library would unpickle any object, so it gets a copy of the tensors alone.
         safe = io.BytesIO()
@@ -204,19 +206,22 @@ def features(network, images, batch_size, device, enough=math.inf):
 def inception_metrics(samples, reference, weights, batch_size, device):
     """Return the metrics of ADM's suite for `ImageBatches`, and their caveats; `weights` is as for `load_inception`.
 
-    Precision and recall are None without reference images. Raise ValueError if images differ in size or weights fail.
-    """
+    Without reference images, precision and recall are None, as sFID is if the statistics are mu and sigma alone. Raise
+    ValueError if images differ in size or weights fail."""
     size, other = samples.shape[1:3], reference.shape[1:3]
     if len(reference) and size != other:
         raise ValueError(f"{samples.path} holds images of {size}, and {reference.path} of {other}")
     network, sha256 = load_inception(weights, device)
     pool, logits, x = features(network, samples, batch_size, device)
-    y, precision, recall = tuple(reference.statistics.values()), None, None
+    y, sfid, precision, recall = tuple(reference.statistics.values()), None, None, None
     if len(reference):
-        real_pool, _, statistics = features(network, reference, batch_size, device, MOST_REFERENCES if y else math.inf)
+        enough = MOST_REFERENCES if len(y) == len(x) else math.inf
+        real_pool, _, statistics = features(network, reference, batch_size, device, enough)
         precision, recall = precision_and_recall(real_pool[:MOST_REFERENCES], pool)
-        y = y or statistics
-    fid, sfid = frechet_distance(*x[:2], *y[:2]), frechet_distance(*x[2:], *y[2:])
+        y += statistics[len(y) :]
+    fid = frechet_distance(*x[:2], *y[:2])
+    if len(y) == len(x):
+        sfid = frechet_distance(*x[2:], *y[2:])
     score = inception_score(logits)
     results = dict(fid=fid, sfid=sfid, inception_score=score, precision=precision, recall=recall, weights_sha256=sha256)
     return results | comparability(sha256, len(samples))
@@ -244,7 +249,11 @@ class Monitor:
         self.of_reference = Moments(self.dimensions, map(self.features, reference)).result()
 
     def metrics(self, images):
-        """Return {'fid' or 'fd_pixels', 'n_samples', ...} of all ranks' uint8 images (N, H, W, C); all call this."""
+        """Return {'fid' or 'fd_pixels', 'n_samples', ...} of all ranks' uint8 images (N, H, W, C); all call this.
+
+        With None for images, on all ranks, the metric is None."""
+        if images is None:
+            return {"fd_pixels" if self.sha256 is None else "fid": None, "n_samples": 0}
         batches = (images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE))
         accumulated = Moments(self.dimensions, map(self.features, batches), self.of_reference[0])
         accumulated.all_reduce()

@@ -2,7 +2,8 @@
 
 import transport
 from models import SiT_models
-from utils.command_line import flag_group, flag_name, integer, number, one_of
+from utils import command_line
+from utils.command_line import flag_group, flag_name, integer, location, number, one_of
 from utils.precision import DTYPES
 from utils.weights import TRANSPORT_KEYS
 from vae import PRECISIONS
@@ -37,8 +38,8 @@ def add_weights_flags(parser, with_space=True):
     """Add the flags of weights; without `with_space` not --image-size and --vae, which the data's flags have."""
     text = "A checkpoint of train.py needs --ckpt alone; the other flags describe weights that come without a config."
     add = flag_group(parser, "weights", text)
-    ckpt = "run folder, checkpoint folder, .pt, .safetensors, released model or URL (default: released, of --model)"
-    add("--ckpt", str, "PATH|NAME|URL", ckpt)
+    ckpt = "run or checkpoint folder, .pt, .safetensors, released model, hub name, URL (default: released, of --model)"
+    add("--ckpt", location, "PATH|NAME|URL", ckpt)
     add("--ema", str, "NAME", "EMA of a checkpoint of train.py, by its file's name (default: ema)")
     names = f"one of {', '.join(SiT_models)} (default: by the weights' shapes; SiT-XL/2 without --ckpt)"
     add("--model", one_of(*SiT_models), "NAME", names)
@@ -47,7 +48,7 @@ def add_weights_flags(parser, with_space=True):
     if with_space:
         add("--image-size", integer(1), "PIXELS", "size of the images (default: the checkpoint's; 256 without --ckpt)")
         vae = "autoencoder that decodes: ema or mse (stabilityai/sd-vae-ft-*), none for pixels, a hub name, a folder"
-        add("--vae", str, "ema|mse|none|NAME|FOLDER", f"{vae} (default: the checkpoint's, or ema)")
+        add("--vae", location, "ema|mse|none|NAME|FOLDER", f"{vae} (default: the checkpoint's, or ema)")
 
 
 def add_transport_flags(parser, from_checkpoint):
@@ -93,6 +94,22 @@ def add_solver_flags(parser):
     last_steps = ["none" if step is None else step for step in transport.LAST_STEPS]
     add("--last-step", one_of(*last_steps), "|".join(last_steps), "last step, without noise (default: Mean)")
     add("--last-step-size", number(0, 1, exclude_minimum=True), "DT", "size of the last step in time (default: 0.04)")
+
+
+def without_effect(changed, mode, solver, cfg_scale=None, in_pixels=False, more=()):
+    """Return a line for each flag in `Parser.changed` that these settings, or `more` rules, leave without effect."""
+    method = solver["sampling_method"]
+    adaptive, tolerant = (method in m for m in (transport.ADAPTIVE_ODE_METHODS, transport.TOLERANT_ODE_METHODS))
+    rules = [
+        *more,
+        (True, ("train_eps", "loss_weight"), "on a trained network"),
+        (adaptive, ("num_sampling_steps",), f"on {method}, which chooses its own steps"),
+        (mode == "ODE" and not tolerant, ("atol", "rtol"), f"on {method}, whose steps are fixed"),
+        (mode == "SDE" and solver.get("last_step") is None, ("last_step_size",), "with --last-step none"),
+        (cfg_scale == 1, ("guided_channels",), "with --cfg-scale 1, which is no guidance"),
+        (in_pixels, ("vae_precision",), "on pixels, which need no autoencoder"),
+    ]
+    return command_line.without_effect(changed, rules)
 
 
 def solver_settings(mode, given):

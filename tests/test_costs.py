@@ -66,3 +66,19 @@ def test_memory_is_shared_among_shards():
 
 def test_a_cpu_has_no_known_peak():
     assert costs.peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_two_gathered_blocks_count_where_a_model_is_sharded():
+    for precision, size in (("bf16", 2), ("fp32", 4)):
+        for shards in (2, 4):
+            memory = costs.training_memory(CONFIG, 8, precision, False, shards, CPU)
+            assert memory["gathered blocks"] == 2 * size * costs.num_parameters(CONFIG) / CONFIG["depth"]
+        assert "gathered blocks" not in costs.training_memory(CONFIG, 8, precision, False, 1, CPU)
+
+
+def test_peaks_are_those_of_the_data_sheets(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    peaks = [costs.peak_flops(torch.device("cuda"), precision) for precision in ("bf16", "tf32", "fp32")]
+    assert peaks == [312e12, 156e12, 19.5e12]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB MIG 1g.10gb")
+    assert costs.peak_flops(torch.device("cuda"), "bf16") is None

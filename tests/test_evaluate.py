@@ -193,6 +193,71 @@ def test_a_folder_of_grey_and_coloured_images_is_coloured(tmp_path):
     assert images.shape == (2, 4, 4, 3) and images[0].max() == images[0].min() == 7
 
 
+def test_mu_and_sigma_alone_or_beside_images(weights_file, tmp_path, monkeypatch, capsys):
+    """The layout of pytorch-fid: FID by mu and sigma, the other metrics by the images beside them, if there are any."""
+    images, others = block_images(4, 3, 20, size=24), block_images(3, 5, 60, size=24)
+    mean, spread = np.full(2048, 0.5, np.float32), 2 * np.eye(2048, dtype=np.float32)
+    np.savez(tmp_path / "s.npz", arr_0=images)
+    np.savez(tmp_path / "stats.npz", mu=mean, sigma=spread)
+    np.savez(tmp_path / "both.npz", mu=mean, sigma=spread, arr_0=others)
+    np.savez(tmp_path / "images.npz", arr_0=others)
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *moments: sum(float(m.sum()) for m in moments[2:]))
+    results = {}
+    for name in ("stats", "both", "images"):
+        words = [tmp_path / "s.npz", "--reference", tmp_path / f"{name}.npz", "--inception-weights", weights_file]
+        out = evaluated(monkeypatch, capsys, *words, "--json", tmp_path / "out.json")
+        assert out.startswith("reading ")
+        assert ("sfid             needs images in the reference" in out) == (name == "stats")
+        results[name] = json.loads((tmp_path / "out.json").read_text())
+    assert results["stats"]["fid"] == results["both"]["fid"] == 2048 * 2.5 != results["images"]["fid"]
+    assert results["stats"]["sfid"] is None and results["stats"]["recall"] is None
+    for key in ("sfid", "precision", "recall"):
+        assert results["both"][key] == results["images"][key]
+
+
+def test_a_covariance_with_a_negative_eigenvalue_is_refused():
+    with pytest.raises(ValueError, match="has the eigenvalue -1"):
+        metrics.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]))
+
+
+def test_a_folder_is_read_as_training_reads_it(tmp_path, monkeypatch, capsys):
+    """Links to folders are followed, hidden files and folders are not; what is no image is counted, and said."""
+    real, elsewhere = tmp_path / "real", tmp_path / "elsewhere"
+    for folder in (real / "a", elsewhere, real / ".hidden"):
+        folder.mkdir(parents=True)
+        for i, suffix in enumerate(("png", "gif", "tif", "JPG")):
+            Image.new("RGB", (4, 4), (60 * i, 9, 9)).save(folder / f"{i}.{suffix}")
+    (real / "b").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(real)  # a loop
+    (real / "a" / "._1.png").write_text("a resource fork")
+    (real / "a" / "notes.txt").write_text("no image")
+    assert ImageBatches(real).shape == (8, 4, 4, 3)
+    words = [real, "--reference", real, "--features", "pixels"]
+    out = evaluated(monkeypatch, capsys, *words)
+    assert "8 samples; 8 reference images" in out
+    assert "passed over: 2 hidden files and folders" in out and "passed over: 1 files that are no images (.txt" in out
+    (real / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert "gone.png: No such file" in fail("evaluate", words, capsys, monkeypatch)
+
+
+def test_every_image_of_a_folder_is_checked(tmp_path):
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((4, 4), 20000, np.uint16)).save(tmp_path / "b.png")
+    Image.new("LA", (4, 4), (100, 0)).save(tmp_path / "c.png")
+    (images,) = ImageBatches(tmp_path).batches(3)
+    assert images.shape == (3, 4, 4, 3)
+    assert [set(image.ravel().tolist()) for image in images] == [{9}, {78}, {100}]  # 20000 / 257
+    (tmp_path / "a.png").unlink()
+    assert ImageBatches(tmp_path).shape == (2, 4, 4, 1)
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "d.tif")
+    with pytest.raises(ValueError, match="d.tif: images of mode F have no range that is known"):
+        ImageBatches(tmp_path)
+    (tmp_path / "d.tif").unlink()
+    Image.new("L", (5, 4)).save(tmp_path / "e.png")
+    with pytest.raises(ValueError, match="b.png of 4 x 4 and e.png of 5 x 4 pixels"):
+        ImageBatches(tmp_path)
+
+
 def write_odd_files(folder):
     """Write good.npz, and files that are wrong in one way each."""
     good = block_images(4, 0, 10, size=12)
@@ -201,11 +266,17 @@ def write_odd_files(folder):
     np.savez(folder / "floats.npz", arr_0=good / 255)
     np.savez(folder / "flat.npz", arr_0=good[0])
     np.savez(folder / "labels.npz", arr_1=np.arange(3))
-    np.savez(folder / "half.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(folder / "half.npz", mu=np.zeros(2048))
+    np.savez(folder / "three.npz", mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023))
     sizes = dict(mu=2048, sigma=(2048, 2048), mu_s=2023, sigma_s=(2023, 2023))
     whole_statistics = {key: np.zeros(size) for key, size in sizes.items()}
     np.savez(folder / "scalar.npz", **whole_statistics | {"mu": 3.0})
-    np.savez(folder / "three.npz", **whole_statistics | {"mu": np.zeros(3), "sigma": np.eye(3)})
+    np.savez(folder / "narrow.npz", **whole_statistics | {"mu": np.zeros(3), "sigma": np.eye(3)})
+    np.savez(folder / "complex.npz", mu=np.zeros(2048, complex), sigma=np.eye(2048))
+    np.savez(folder / "skewed.npz", mu=np.zeros(2048), sigma=np.triu(np.ones((2048, 2048))))
+    np.savez(folder / "negative.npz", mu=np.zeros(2048), sigma=-np.eye(2048))
+    np.savez(folder / "boxed.npz", fid=np.array({"mu": 0}, dtype=object))
+    (folder / "edm2.pkl").write_bytes(pickle.dumps({"fid": {"mu": np.zeros(3)}}))
     np.savez(folder / "nan.npz", **whole_statistics | {"mu": np.full(2048, np.nan)})
     np.savez(folder / "fortran.npz", arr_0=np.asfortranarray(good))
     np.savez(folder / "one.npz", arr_0=good[:1])
@@ -242,14 +313,20 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     assert "arr_0 is float64" in message("floats.npz")
     assert "it must be uint8 (N, H, W, 3)" in message("flat.npz")
     assert "it holds no arr_0, but arr_1" in message("labels.npz")
-    assert "statistics mu_s, sigma_s are missing" in message("good.npz", "half.npz")
+    assert "statistics sigma are missing" in message("good.npz", "half.npz")
+    assert "statistics sigma_s are missing" in message("good.npz", "three.npz")
+    assert "mu holds complex128" in message("good.npz", "complex.npz")
+    assert "sigma is no covariance" in message("good.npz", "skewed.npz")
+    assert "sigma is no covariance" in message("good.npz", "negative.npz")
+    assert "it holds no arr_0, but fid" in message("good.npz", "boxed.npz")
+    assert "a pickle can run code" in message("good.npz", "edm2.pkl")
     assert "arr_0 is object" in message("pickled.npz")
     for name in ("text.npz", "cut.npz", "flipped.npz", "packed.npz", "header.npz", "short.npz", "array.npy"):
         assert name in message(name)
     assert "in Fortran order with" in message("fortran.npz")
     assert "one.npz: a covariance needs two images or more, not 1" in message("one.npz")
     assert "mu has the shape (); Inception's has (2048,)" in message("good.npz", "scalar.npz")
-    assert "mu has the shape (3,)" in message("good.npz", "three.npz")
+    assert "mu has the shape (3,)" in message("good.npz", "narrow.npz")
     assert "mu is not finite" in message("good.npz", "nan.npz")
     assert "the folder holds no images" in message("empty")
     assert "samples are (12, 12, 3), and reference images (6, 6, 3)" in message("good.npz", "small.npz")
@@ -267,3 +344,62 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert "cannot fetch Inception's weights" in fail("evaluate", words[:-1], capsys, monkeypatch)
+
+
+def test_squared_distances_are_never_negative():
+    """Rounding makes that of a point and its copy negative, and another one with every size of a block."""
+    x = 30 + torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    distances = metrics._squared_distances(x, x)
+    assert distances.min() == 0
+    expected = (x.double()[:, None] - x.double()[None]).square().sum(2)
+    torch.testing.assert_close(distances.double(), expected, atol=0.1, rtol=1e-3)
+
+
+def test_what_makes_metrics_comparable_with_published_ones():
+    published = metrics.WEIGHTS_SHA256_PREFIX + "0" * 56
+    assert metrics.comparability(published, 50_000) == {"weights_verified": True, "caveats": []}
+    assert metrics.comparability(published, 49_999)["caveats"] == ["49999 samples, not 50000"]
+    other = metrics.comparability("1" + published[1:], 60_000)
+    assert other == {"weights_verified": False, "caveats": ["Inception's weights are not the published ones"]}
+
+
+class Points:
+    """Stands in for `ImageBatches`: each image has two features."""
+
+    def __init__(self, path, rows, statistics=None):
+        self.path, self.rows, self.shape = path, rows, (len(rows), 4, 4, 3)
+        self.statistics = statistics or {}
+
+    def __len__(self):
+        return len(self.rows)
+
+
+def test_precision_and_recall_are_of_the_first_reference_images_and_fid_of_all(monkeypatch):
+    asked = []
+
+    def features(network, images, batch_size, device, enough=np.inf):
+        asked.append((images.path, enough))
+        moments = metrics.moments(images.rows.numpy())
+        return images.rows, torch.zeros(len(images), 3), (*moments, *moments)
+
+    monkeypatch.setattr(metrics, "MOST_REFERENCES", 5)
+    monkeypatch.setattr(metrics, "load_inception", lambda weights, device: (None, "0" * 64))
+    monkeypatch.setattr(metrics, "features", features)
+    rows = torch.randn(10, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows[5:] += 100
+    samples, reference = Points("samples", rows), Points("reference", rows.flip(0))
+    results = metrics.inception_metrics(samples, reference, None, 4, CPU)
+    assert asked == [("samples", np.inf), ("reference", np.inf)]
+    assert (results["precision"], results["recall"]) == (0.5, 1.0)  # half of the samples are far from the first five
+    assert results["fid"] == pytest.approx(0, abs=1e-6) and results["sfid"] == pytest.approx(0, abs=1e-6)
+    mean, covariance = metrics.moments(rows.numpy())
+    reference.statistics = dict(mu=mean + [3, 4], sigma=covariance, mu_s=mean + [0, 2], sigma_s=covariance)
+    results = metrics.inception_metrics(samples, reference, None, 4, CPU)
+    assert asked[3] == ("reference", 5)
+    assert results["fid"] == pytest.approx(25) and results["sfid"] == pytest.approx(4)
+    nothing = Points("statistics", rows[:0], reference.statistics)
+    results = metrics.inception_metrics(samples, nothing, None, 4, CPU)
+    assert (results["precision"], results["recall"]) == (None, None) and results["fid"] == pytest.approx(25)
+    with pytest.raises(ValueError, match="samples holds images of"):
+        samples.shape = (10, 8, 8, 3)
+        metrics.inception_metrics(samples, reference, None, 4, CPU)

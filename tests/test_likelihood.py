@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -100,6 +101,21 @@ def test_cached_latents_have_the_bits_of_their_images(small_vae):
     latents = space.sample(space.moments(images), noise)
     logp = torch.distributions.Normal(0.0, STD).log_prob(latents.double()).flatten(1).mean(1)
     assert bits["images"] == pytest.approx((-logp / math.log(2)).tolist(), abs=0.02)
+
+
+def test_cached_latents_are_scaled_as_the_model_was_trained():
+    """Another cache may have another mean and deviation, of fewer latents or of another autoencoder."""
+    model = GaussianModel(create_transport(), mean=0.0, std=STD)
+    space = vae.LatentSpace("ema", torch.device("cpu"), scale=[2.0], shift=[0.5])
+    pipeline = Pipeline(model, model.transport, space, torch.device("cpu"), None)
+    for scale, count in ([2.0], 0), ([2.5], 1):
+        source = types.SimpleNamespace(class_names=None, num_classes=3, channels=1, latent_size=4, notes=[])
+        source.scale, source.shift = scale, [0.5]
+        assert likelihood.open_examples(source, pipeline, "it") is source and pipeline.space is space
+        assert len([note for note in source.notes if "not those of the training" in note]) == count
+    pipeline.space = vae.PixelSpace()
+    with pytest.raises(ValueError, match="another shape"):
+        likelihood.open_examples(source, pipeline, "it")
 
 
 def test_a_trained_model_on_any_number_of_ranks(digits_run, tmp_path):

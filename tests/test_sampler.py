@@ -1,4 +1,5 @@
 import functools
+import inspect
 import itertools
 import math
 import weakref
@@ -413,3 +414,65 @@ def test_an_eps_of_zero_where_the_drift_is_singular_is_refused(path_type, predic
     else:
         with pytest.raises(ValueError, match="singular"):
             sampler.sample_sde(last_step=None)
+
+
+# ---------------------------------------------------------------------------------------------- details
+
+
+@pytest.mark.parametrize("method, degree", [("dopri5", 4), ("bosh3", 2), ("dopri8", 7)])
+def test_an_adaptive_method_ends_its_last_step_at_the_end(method, degree):
+    """A method of an order integrates powers of t exactly, unless its last step reaches beyond the end."""
+    times = torch.linspace(0, 1, 5, dtype=torch.float64)
+    for grid, start, end in ((times, 0.0, 1.0), (times.flip(0), 1.0, 0.0)):
+        x = torch.full((2, 3), start, dtype=torch.float64)
+        states = ode_integrate(
+            lambda x, t: (degree + 1) * t**degree * torch.ones_like(x), x, grid, method=method, atol=1e-2, rtol=1e-2
+        )
+        torch.testing.assert_close(states[-1], torch.full_like(x, end), rtol=0, atol=1e-12)
+
+
+def test_a_likelihood_is_the_mean_over_its_probes():
+    """With dx/dt = x the divergence is 3 whatever the probe; with a triangular matrix it depends on the probes."""
+    sampler, x = Sampler(create_transport()), torch.randn(4, 3, dtype=torch.float64)
+    settings = dict(sampling_method="rk4", num_steps=20)
+    for num_probes in (1, 2, 3):
+        logp, z = sampler.sample_ode_likelihood(**settings, num_probes=num_probes)(x, lambda x, t: x)
+        torch.testing.assert_close(logp, create_transport().prior_logp(x / math.e) - 3, rtol=0, atol=1e-4)
+    probes = [torch.ones(4, 3), torch.tensor([1.0, -1, 1]).expand(4, 3), torch.tensor([1.0, -1, 1]).expand(4, 3)]
+    drawn = iter(probe.double() for probe in probes)
+    fn = sampler.sample_ode_likelihood(**settings, num_probes=3, probe_like=lambda x: next(drawn))
+    matrix = torch.tensor([[0.0, 1, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.float64)
+    logp, z = fn(x, lambda x, t: x @ matrix.T)
+    # p' A p is 1, -1 and -1: a mean of -1/3.
+    torch.testing.assert_close(logp, create_transport().prior_logp(z) + 1 / 3, rtol=0, atol=1e-6)
+
+
+def test_the_defaults_of_the_methods():
+    """Of the official code, whose callers do not give them."""
+
+    def defaults(method):
+        return {key: p.default for key, p in inspect.signature(method).parameters.items() if key != "self"}
+
+    ode = dict(sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3)
+    sde = dict(sampling_method="Euler", diffusion_form="SBDM", diffusion_norm=1.0, last_step="Mean")
+    grid = dict(last_step_size=0.04, num_steps=250)
+    more = dict(time_shift=1.0, trajectory=False)
+    assert defaults(Sampler.sample_ode) == ode | dict(reverse=False) | more
+    assert defaults(Sampler.sample_sde) == sde | grid | more | dict(randn_like=torch.randn_like)
+    assert defaults(Sampler.sample_ode_likelihood) == ode | dict(num_probes=1, probe_like=None)
+
+
+def test_the_size_of_a_last_step_that_is_not_made_does_not_matter():
+    sampler, x, settings = Sampler(create_transport()), torch.randn(2, 3), dict(last_step=None, num_steps=5)
+    torch.manual_seed(0)
+    expected = sampler.sample_sde(**settings)(x, lambda x, t: -x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(sampler.sample_sde(**settings, last_step_size=0.0)(x, lambda x, t: -x), expected)
+
+
+def test_a_last_step_that_leaves_nothing_to_integrate_is_refused():
+    sampler = Sampler(create_transport(sample_eps=0.25))
+    sampler.sample_sde(last_step_size=0.74)
+    for size in (0.75, 0.8):
+        with pytest.raises(ValueError, match=f"last step size {size} leaves nothing of the interval"):
+            sampler.sample_sde(last_step_size=size)

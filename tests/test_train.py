@@ -1,7 +1,10 @@
 """train.py from its command line to its files."""
 
 import json
+import math
+import resource
 import sys
+import time
 import types
 
 import numpy as np
@@ -20,8 +23,18 @@ from evaluation import metrics
 from models import SiT
 from sampling.draw import SampleSettings, draw_labels, generate
 from sampling.pipeline import load_pipeline
-from training.log import RunLog, TensorBoard
-from training.step import EMA, draw_randomness, learning_rate, update_ema
+from training.log import LeftOut, Meter, Metrics, RunLog, TensorBoard
+from training.losses import AuxiliaryLoss, build_losses
+from training.step import (
+    EMA,
+    Trainer,
+    build_optimizer,
+    check_emas,
+    draw_randomness,
+    learning_rate,
+    step_optimizers,
+    update_ema,
+)
 from transport import create_transport
 from utils import checkpoint
 from utils.grids import to_uint8
@@ -375,3 +388,177 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, capsys):
     log.line("two")
     captured = capsys.readouterr()
     assert captured.out == "one\ntwo\n" and captured.err.count("cannot be written: No space left on device") == 1
+
+
+def test_a_mean_is_over_all_values_of_the_window_and_leaves_bad_steps_out():
+    good, bad = torch.tensor(False), torch.tensor(True)
+    metrics = Metrics(torch.device("cpu"))
+    for values, step in (([1.0, 2.0], good), ([100.0], bad), ([6.0], good)):
+        metrics.mean("loss", torch.tensor(values))
+        metrics.mean_by_time("by_time", torch.tensor(values), torch.tensor([0.0, 1.0][: len(values)]))
+        metrics.commit(step)
+    metrics.point("lr", torch.tensor(0.5))
+    later = Metrics(torch.device("cpu"), json.loads(json.dumps(metrics.state())))  # as a checkpoint keeps it
+    assert metrics.take() == {"loss": 3.0, "by_time": [3.5, *[None] * 8, 2.0], "lr": 0.5}
+    later.mean("loss", 7)
+    assert later.take() == {"loss": 4.0, "by_time": [3.5, *[None] * 8, 2.0]}
+    assert later.take() == {}
+
+
+def test_throughput_is_of_the_time_spent_on_training(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    config = dict(input_size=8, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=2)
+    meter = Meter(config, torch.device("cpu"), "fp32")
+    for kind, seconds in (("waiting", 2), ("paused", 30), ("waiting", 1)):
+        with meter.timing(kind):
+            clock[0] += seconds
+    clock[0], meter.images = clock[0] + 7, 80
+    taken = meter.take()
+    assert (taken["images_per_second"], taken["data_wait"], taken["mfu"]) == (8.0, 0.3, None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    assert taken["memory_gib"] == pytest.approx(peak, rel=0.01)
+    meter.peak, meter.flops_per_image, meter.images = 1000.0, 20.0, 100
+    clock[0] += 4
+    taken = meter.take()
+    assert (taken["images_per_second"], taken["data_wait"], taken["mfu"]) == (25.0, 0.0, 0.5)
+
+
+def test_steps_of_losses_or_gradients_that_are_not_finite_are_left_out():
+    layer = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(layer, lr=1.0)
+
+    def step(gradient, loss=1.0, **more):
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        norm, bad = step_optimizers([optimizer], torch.tensor(loss), 0.125, **more)
+        assert all(parameter.grad is None for parameter in layer.parameters())
+        return norm.item(), bad.item()
+
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    for gradient, loss in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)):
+        assert step(gradient, loss)[1]
+        assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+    norm, bad = step(2.0)
+    assert norm == pytest.approx(2 * 8**0.5) and not bad  # of 6 weights and 2 biases
+    for a, b in zip(before, layer.parameters(), strict=True):
+        torch.testing.assert_close(b, a - 0.125)
+    # A gradient is made shorter, never longer: Adam's second moment shows by how much.
+    moment = optimizer.state[layer.bias]["exp_avg_sq"]
+    for most, size in ((1.0, 8**-0.5), (100.0, 2.0)):
+        earlier = moment.clone()
+        assert step(2.0, max_grad_norm=most)[0] == pytest.approx(2 * 8**0.5)
+        torch.testing.assert_close(moment, 0.999 * earlier + 0.001 * size**2, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("names", [("ema", "ema"), ("model",), ("a/b",), ("",), (".ema",)])
+def test_names_of_emas_are_names_of_files(names):
+    assert len(check_emas([EMA("ema", 0.9), EMA("ema-0.99", 0.99)])) == 2
+    with pytest.raises(ValueError, match="EMAs must have different names"):
+        check_emas([EMA(name, 0.9) for name in names])
+
+
+def test_auxiliary_losses_have_different_names_and_read_blocks_that_exist():
+    class Loss(AuxiliaryLoss):
+        def __init__(self, model, name, *blocks):
+            super().__init__()
+            self.name, self.hidden_blocks, self.head = name, blocks, torch.nn.Linear(2, 2)
+
+    model = SiT(hidden_size=4, depth=2, num_heads=1, num_classes=2)
+
+    def build(*losses, seed=0):
+        return build_losses([lambda model, loss=loss: Loss(model, *loss) for loss in losses], model, seed)
+
+    state = torch.get_rng_state()
+    first, again, other = (build(("a", 0, 1), ("b",), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)  # the images and the noise of a run do not change
+    assert torch.equal(first[0].head.weight, again[0].head.weight)
+    assert not torch.equal(first[0].head.weight, other[0].head.weight)
+    for losses, message in (([("a",), ("a",)], "different names"), ([("a", 2)], "blocks"), ([("a", -1)], "blocks")):
+        with pytest.raises(ValueError, match=message):
+            build(*losses)
+
+
+def test_what_is_left_out_is_counted_and_named_once():
+    lines = []
+    left_out = LeftOut(3, True, ["the folder a"])
+    left_out.add(7, [[], ["image 1", "image 2"], []])
+    left_out.report(lines.append)
+    left_out.report(lines.append)
+    assert left_out.count == 6 and len(lines) == 3
+    assert "the folder a" in lines[0] and lines[1:] == [f"(step=0000007) left out image {i}" for i in (1, 2)]
+    with pytest.raises(ValueError, match="image 1"):
+        LeftOut(0, False, []).add(7, [["image 1"]])
+
+
+class Shrink(AuxiliaryLoss):
+    """Half of the mean square of the tokens after block 0 counts, beside the main loss."""
+
+    name, weight, hidden_blocks = "shrink", 0.5, (0,)
+
+    def forward(self, batch, t, xt, output, hidden):
+        return hidden[0].square().mean((1, 2))
+
+
+def test_gradients_of_micro_batches_add_up_to_that_of_the_mean_loss():
+    sizes = dict(input_size=4, in_channels=1, hidden_size=8, depth=2, num_heads=2, num_classes=3, learn_sigma=False)
+    with torch.device("meta"):
+        model = SiT(**sizes)
+    weights = {key: torch.randn(value.shape) * 0.3 for key, value in SiT(**sizes).state_dict().items()}
+    transport, cpu = create_transport(), torch.device("cpu")
+    emas = [EMA("ema", 0.75, warmup=False), EMA("young", 0.9)]
+    trainer = Trainer(model, transport, cpu, "fp32", emas, [Shrink()], "one process", None, dict(lr=1.0))
+    trainer.start(weights)
+    x1, x0, t, y = torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4), torch.rand(6), torch.tensor([0, 1, 2] * 2)
+    drop = torch.tensor([True, False] * 3)
+    reference = SiT(**sizes).train()
+    reference.load_state_dict(weights)
+    xt, ut = transport.path.interpolate(t, x0, x1)
+    output, (hidden,) = reference(xt, t, y, drop, hidden_blocks=(0,))
+    main, auxiliary = (output - ut).square().mean((1, 2, 3)), hidden.square().mean((1, 2))
+    (main + 0.5 * auxiliary).mean().backward()
+    losses = []
+    for start in (0, 2, 4):
+        part = slice(start, start + 2)
+        losses.append(trainer.forward_backward({"y": y[part]}, x1[part], t[part], x0[part], drop[part], accumulation=3))
+    torch.testing.assert_close(torch.cat([loss for loss, _ in losses]), main.detach())
+    torch.testing.assert_close(torch.cat([more["shrink"] for _, more in losses]), auxiliary.detach())
+    for (name, found), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(found.grad, expected.grad, msg=name)
+    trainer.update(8, main.mean(), 0.5)
+    key = "final_layer.linear.bias"
+    new = model.state_dict()[key]
+    torch.testing.assert_close((new - weights[key])[:4].abs(), torch.full((4,), 0.5), rtol=1e-3, atol=0)
+    for name, decay in (("ema", 0.75), ("young", 10 / 19)):
+        expected = decay * weights[key] + (1 - decay) * new
+        torch.testing.assert_close(trainer.ema_modules[name].state_dict()[key], expected)
+
+
+def test_every_grid_of_a_run_is_written(tmp_path):
+    log = RunLog(tmp_path, 0, [])
+    for step in (1, 2):
+        log.grid(torch.zeros(1, 8, 8, 1, dtype=torch.uint8), 1, step)
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"0000001.png", "0000002.png"}
+    log.close()
+
+
+def test_a_line_of_an_evaluation_says_what_is_not_comparable(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, [])
+    log.evaluation(5, {"fid": 1.25, "n_samples": 8, "caveats": ["8 samples, not 50000"]})
+    log.evaluation(6, {"fid": 2.5, "n_samples": 9, "caveats": []})
+    log.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("(step=0000005) fid 1.2500 of 8 samples; not comparable")
+    assert first.endswith(": 8 samples, not 50000") and second == "(step=0000006) fid 2.5000 of 9 samples"
+    lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["fid"], line["n_samples"]) for line in lines] == [(5, 1.25, 8), (6, 2.5, 9)]
+
+
+def test_lines_of_steps_that_are_repeated_are_removed(tmp_path):
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
+        (tmp_path / name).write_text("\n".join([*lines, '{"step": 2, "lo']))
+    RunLog(tmp_path, 3, []).close()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()] == [1, 2, 3]

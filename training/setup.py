@@ -8,15 +8,17 @@ import os
 import torch
 import yaml
 
+from data.foreign_latents import ForeignLatents
 from data.images import ImageDataset
+from data.labelled import some_of
 from data.loader import make_loader
-from data.sources import Source, open_source, recognise_format
+from data.sources import Source, flag_rules, open_source, recognise_format
 from models import SiT, SiT_models
 from training import costs
 from utils import distributed, hub
-from utils.command_line import flag_name
+from utils.command_line import flag_name, without_effect
 from utils.tensor_files import check_fit
-from utils.weights import TRANSPORT_KEYS, load_weights
+from utils.weights import TRANSPORT_KEYS, build_on_meta, class_names, load_weights
 from vae import PRECISIONS, LatentSpace, full_name, geometry, open_space
 
 # Arguments of SiT that the data decides; every other one is a model option, with a flag of its name in train.py.
@@ -62,12 +64,18 @@ def resolve_parallel(parallel, fsdp_shard_size, model, device):
     return parallel, distributed.mesh(device, fsdp_shard_size) if parallel == "fsdp" else None
 
 
-def resolve_config(source, model_name, options, sizes, transport, vae=None, skip_bad_images=False):
-    """Return what a checkpoint stores to build everything again: 'model', 'transport' and 'latents'.
+def resolve_config(source, model_name, options, sizes, transport, vae=None, skip_bad_images=False, resumed=None):
+    """Return what a checkpoint stores to build everything again: 'model', 'transport', 'latents' and 'data'.
 
-    `options`, `sizes` and `transport` are the model options, SIZE_FLAGS and TRANSPORT_KEYS that were given. Raise
-    ValueError if sizes do not divide, or flags contradict the data or the VAE."""
+    `options`, `sizes` and `transport` are the model options, SIZE_FLAGS and TRANSPORT_KEYS that were given. Of a run
+    that is `resumed`, the state of its checkpoint, the image size, the folders that are classes and the scale of other
+    projects' latents are known. Raise ValueError if sizes do not divide, or flags contradict the data or the VAE."""
     sizes = dict.fromkeys(SIZE_FLAGS) | sizes
+    if resumed is not None and isinstance(source, Source):
+        source.doubt = None
+        if sizes["image_size"] is None and sizes["input_size"] is None:
+            size = resumed["latents"].get("image_size")
+            sizes["image_size"] = size if type(size) is int and size > 0 else None
     vae, downsampling, channels = _resolve_vae(source, vae, sizes)
     options = SiT_models[model_name].keywords | options
     image_size = _resolve_image_size(source, sizes, vae, downsampling, options["patch_size"])
@@ -79,17 +87,34 @@ def resolve_config(source, model_name, options, sizes, transport, vae=None, skip
         num_classes = source.num_classes
     vae = os.path.abspath(vae) if os.path.isdir(vae) else vae
     decided = dict(input_size=image_size // downsampling, in_channels=channels, num_classes=num_classes)
+    scaling = {key: getattr(source, key) for key in ("scale", "shift") if isinstance(source, ForeignLatents)}
+    if scaling and resumed is not None:
+        known = {key: resumed["latents"].get(key, value) for key, value in scaling.items()}
+        if known != scaling:
+            source.notes.append("scale and shift of the latents are those of the run until now, not those of the data")
+        source.scale, source.shift = known["scale"], known["shift"]
+        scaling = known
     return {
         "model": options | decided,
         "transport": dict.fromkeys(TRANSPORT_KEYS) | transport,
-        "latents": {"vae": vae, "image_size": image_size, "channels": channels},
+        "latents": {"vae": vae, "image_size": image_size, "channels": channels} | scaling,
+        "data": {"class_names": source.class_names},
     }
+
+
+def resolve_flips(source, horizontal_flip):
+    """Return whether images are mirrored at random. Raise ValueError if that was asked for and is not possible."""
+    if horizontal_flip and isinstance(source, ForeignLatents) and not source.mirrors:
+        raise ValueError(f"--horizontal-flip: {source.folder} has no latents of mirror images")
+    return source.mirrors if horizontal_flip is None else horizontal_flip
 
 
 def _resolve_vae(source, vae, sizes):
     """Return (VAE, its downsampling, its channels). Raise ValueError if flags contradict cached latents."""
     if isinstance(source, Source):
         return vae or "ema", *geometry(vae or "ema", source.channels)
+    if isinstance(source, ForeignLatents):
+        source.resolve(vae, sizes["image_size"], sizes["num_classes"])
     # A folder that was moved can be named by its new path; whether it holds the same VAE cannot be checked.
     moved = os.path.isabs(source.vae) and not os.path.exists(source.vae) and vae is not None and os.path.isdir(vae)
     if vae is not None and not moved and full_name(vae) != full_name(source.vae):
@@ -107,7 +132,10 @@ def _resolve_image_size(source, sizes, vae, downsampling, patch_size):
     if input_size is not None and image_size not in (None, input_size * downsampling):
         problem = f"--image-size {image_size} contradicts --input-size {input_size}"
         raise ValueError(f"{problem}: with --vae {vae} the image is {downsampling} times as large")
-    image_size = image_size or (input_size or 0) * downsampling or source.image_size or 256
+    image_size = image_size or (input_size or 0) * downsampling
+    if isinstance(source, Source):
+        image_size = source.choose_image_size(image_size, downsampling * patch_size)
+    image_size = image_size or source.image_size
     if image_size % (downsampling * patch_size):
         factors = f"--vae {vae} (downsampling {downsampling}) and patches of {patch_size}"
         needed = f"it must be a multiple of {downsampling * patch_size} with {factors}"
@@ -117,11 +145,7 @@ def _resolve_image_size(source, sizes, vae, downsampling, patch_size):
 
 def build_model(config):
     """Return SiT on the meta device. Raise ValueError if it has buffers that are not in its state dict."""
-    with torch.device("meta"):
-        model = SiT(**config["model"])
-    if missing := dict(model.named_buffers()).keys() - model.state_dict().keys():
-        raise ValueError(f"the model's buffers must be persistent: {', '.join(missing)}")
-    return model
+    return build_on_meta(SiT, config["model"])
 
 
 def last_step(max_steps, epochs, global_batch_size, source, start):
@@ -155,11 +179,17 @@ def initial_weights(config, seed, init_from, start):
     heads = weights.config["model"].get("num_heads") if weights.own else wanted
     if heads != wanted:
         raise ValueError(f"--init-from {init_from} has {heads} attention heads, and the model {wanted}")
-    given, notes = dict(weights.state_dict), [f"weights from {weights.path}"]
+    given, notes = dict(weights.state_dict), [*weights.notes, f"weights from {weights.path}"]
     for key in ("path_type", "prediction"):
         earlier, now = weights.config.get("transport", {}).get(key), config["transport"][key]
-        if earlier not in (None, now):
+        if earlier is None:
+            notes.append(f"the weights do not say with which {flag_name(key)} they were trained; the run has {now}")
+        elif earlier != now:
             notes.append(f"the weights were trained with {flag_name(key)} {earlier}, and the run has {now}")
+    pairs = zip(class_names(weights.config) or (), class_names(config) or (), strict=False)
+    if other := [(number, *names) for number, names in enumerate(pairs) if names[0] != names[1]]:
+        number, there, here = other[0]
+        notes.append(f"class {number} is {there!r} in the weights and {here!r} in the data; {len(other)} differ")
     fixed = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
     for key in ("y_embedder.embedding_table.weight", *fixed):
         then, now = given.get(key, fresh[key]), fresh[key]
@@ -167,6 +197,9 @@ def initial_weights(config, seed, init_from, start):
             continue
         given[key] = now  # class embeddings, or positions, which are a function of the number of tokens
         notes.append(f"{key} is {tuple(then.shape)} in the weights and {tuple(now.shape)} here: it is initialised")
+    last = "final_layer.linear.weight"
+    if last in given and 2 * len(given[last]) == len(fresh[last]):
+        raise ValueError(f"--init-from {init_from} predicts half of the model's channels; give --no-learn-sigma")
     check_fit(fresh, given, f"--init-from {init_from}")
     return given, notes
 
@@ -187,23 +220,49 @@ def open_training_space(config, source, device, vae_precision, decodes, losses):
     return space
 
 
-def open_loader(config, source, sampler, num_workers, device):
-    """Return the loader of this rank's micro-batches: images by index or from a stream, or cached latents."""
+def open_loader(config, source, sampler, num_workers, device, report):
+    """Return the loader of this rank's micro-batches: images by index or from a stream, or cached latents.
+
+    `report` is called with a line if a loader process ends; the batches after that are read in this process."""
     if isinstance(source, Source):
         channels = source.channels if config["latents"]["vae"] == "none" else 3
         source = ImageDataset(source, config["latents"]["image_size"], channels, config["model"]["num_classes"])
-    return make_loader(source, sampler, num_workers, device)
+    return make_loader(source, sampler, num_workers, device, report)
 
 
-def opening_lines(output_dir, start, notes, config, source, changed_flags, text):
+def flags_without_effect(changed, flags, config, source, most_pixels):
+    """Return a line for each flag in `Parser.changed` that the other flags, {key: value}, leave without effect.
+
+    Images of up to `most_pixels` numbers are evaluated without Inception."""
+    in_pixels, image_size = config["latents"]["vae"] == "none", config["latents"]["image_size"]
+    is_small = image_size**2 * (config["latents"]["channels"] if in_pixels else 3) <= most_pixels
+    decodes, one_process = flags["sample_every"] or flags["eval_every"], distributed.world_size() == 1
+    rules = [
+        (flags["max_steps"] is not None, ("epochs",), "beside --max-steps"),
+        (flags["time_sampling"] == "uniform", ("logit_normal_mean", "logit_normal_std"), "on --time-sampling uniform"),
+        (flags["prediction"] == "velocity", ("loss_weight",), "on --prediction velocity"),
+        (one_process and not flags["dry_run"], ("parallel", "fsdp_shard_size"), "on one process"),
+        (flags["output_dir"] is not None, ("results_dir",), "beside --output-dir"),
+        (flags["keep_checkpoints"] is None, ("keep_every",), "without --keep-checkpoints: all are kept"),
+        (not flags["sample_every"], ("cfg_scale",), "without --sample-every"),
+        (not flags["eval_every"], ("eval_samples",), "without --eval-every"),
+        (is_small, ("inception_weights",), "on images this small, whose pixels are compared"),
+        (in_pixels, ("vae_precision",), "with --vae none"),
+        (not isinstance(source, Source) and not decodes, ("vae_precision",), "where no latents are decoded"),
+    ]
+    return without_effect(changed, [*rules, *flag_rules(flags["data_path"], flags["data_format"])])
+
+
+def opening_lines(output_dir, start, notes, config, source, changes, text):
     """Return the lines of the log that say what a run is about to do; `text`, of the batch and the machine, is last."""
     lines = [f"run folder {output_dir}", *notes, *(f"{problem}; it is not used" for problem in start.damaged)]
     if start.state is not None:
-        lines += [f"continuing from {start.folder}, step {start.step}", *changed_flags]
+        lines += [f"continuing from {start.folder}, step {start.step}", *changes]
     model, count = config["model"], source.num_examples
     shape = (model["in_channels"], model["input_size"], model["input_size"])
     images = "a stream of images" if count is None else f"{count:,} images"
     lines.append(f"{costs.num_parameters(model):,} parameters; {json.dumps(model)}")
+    lines += [*source.notes, *([f"classes {some_of(source.class_names)}"] if source.class_names else [])]
     return [*lines, f"{images} of {model['num_classes']} classes as {shape}; {json.dumps(config['transport'])}", text]
 
 

@@ -35,8 +35,13 @@ def heun_step(drift, diffusion, x, t, dt, noise, end_is_singular):
 
 SDE_METHODS = {"Euler": (euler_maruyama_step, 1), "Heun": (heun_step, 2)}
 
+MOST_STEPS = 10_000  # that an adaptive method may accept: beyond, it follows the network's rounding
+
 # Methods that choose their own time steps, all of them torchdiffeq's.
 ADAPTIVE_ODE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+
+# Those, and methods of fixed steps that solve each of them to the tolerances.
+TOLERANT_ODE_METHODS = (*ADAPTIVE_ODE_METHODS, "implicit_adams", "fixed_adams")
 
 # A step of None: torchdiffeq integrates, by its method of the same name. Its Adams methods have no fixed NFE per step.
 ODE_METHODS = {
@@ -46,6 +51,14 @@ ODE_METHODS = {
 }
 
 
+def check_tolerances(method, atol, rtol, dtype):
+    """Raise ValueError if an adaptive method would look for errors below the rounding of a state in this dtype."""
+    eps = torch.finfo(dtype).eps
+    if method in ADAPTIVE_ODE_METHODS and atol + rtol < eps:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"atol {atol:g} and rtol {rtol:g} are too tight for {name}: give {eps:.1g} or more in all")
+
+
 def ode_integrate(velocity, x, times, *, method, atol, rtol, path=None, trajectory=False):
     """Integrate dx/dt = velocity(x, t) over `times` and return the states (S, N, ...), of which the last is the end.
 
@@ -53,6 +66,7 @@ def ode_integrate(velocity, x, times, *, method, atol, rtol, path=None, trajecto
     never called outside [min(times), max(times)], where a path may be singular. `times` (T,) increases or decreases;
     adaptive methods use its two ends. With `trajectory`, S = T; otherwise the first and the last state are kept, so
     that memory does not grow with T. Raise ValueError if an adaptive method cannot meet its tolerances."""
+    check_tolerances(method, atol, rtol, (x[0] if isinstance(x, tuple) else x).dtype)
     low, high = times.min(), times.max()
 
     def inside(x, t):
@@ -69,10 +83,11 @@ def ode_integrate(velocity, x, times, *, method, atol, rtol, path=None, trajecto
         # Without it the last step passes the end, and the end state is interpolated from beyond.
         options["step_t"] = times[-1:]
         options["dtype"] = times.dtype
+        options["max_num_steps"] = MOST_STEPS
     settings = dict(method=method, atol=atol, rtol=rtol, options=options)
     try:
         return torchdiffeq.odeint(lambda t, x: inside(x, t), x, times if trajectory else times[[0, -1]], **settings)
-    except AssertionError as error:  # how torchdiffeq says that its steps became too small
+    except AssertionError as error:  # how torchdiffeq says that its steps became too small or too many
         problem = f"atol {atol:g} and rtol {rtol:g} are too tight, or the network's output is not finite"
         raise ValueError(f"{method} found no step that meets its tolerances ({error}): {problem}") from error
 
