@@ -143,6 +143,8 @@ def _assumptions(weights, given):
     known = weights.config.get("transport", {}) | weights.config.get("latents", {}) | given
     assumed = {"path_type": "Linear", "prediction": "velocity", "vae": "ema"}
     missing = {key: value for key, value in assumed.items() if key not in known}
+    if missing and rows and not (weights.own or weights.config.get("num_classes") or "num_classes" in given):
+        missing["num_classes"] = f"{rows[0] - 1} (one label more is the null class)"
     values = ", ".join(f"{flag_name(key)} {value}" for key, value in missing.items())
     if missing:
         problem = f"{weights.path} does not say how it was trained; assumed: {values}"

@@ -12,7 +12,7 @@ from PIL import Image
 from processes import run
 
 import extract_latents
-from data import source as sources
+from data import labelled
 from data.sources import open_source
 from training.setup import resolve_config
 from utils.tensor_files import read_safetensors
@@ -93,7 +93,7 @@ def test_sizes_are_read_without_decoding_and_of_few_where_they_differ(tmp_path, 
             ("late", [(8, 8)] * 20 + [(9, 9)] + [(8, 8)] * 19),
         )
     )
-    monkeypatch.setattr(sources, "FEW_SIZES", 10)
+    monkeypatch.setattr(labelled, "FEW_SIZES", 10)
     monkeypatch.setattr(Image.Image, "load", None)
     assert same.sizes() == [(8, 8)] * 50 and same.sizes(20) == [(8, 8)] * 30
     assert len(mixed.sizes()) == 10
@@ -103,7 +103,7 @@ def test_sizes_are_read_without_decoding_and_of_few_where_they_differ(tmp_path, 
 
 def test_sizes_of_arrays_and_tensors():
     for image in (np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8), Image.new("L", (8, 8))):
-        assert resolved(sources.from_dataset([(image, 0)] * 3, "toy"), num_classes=1)[0] == 8
+        assert resolved(labelled.from_dataset([(image, 0)] * 3, "toy"), num_classes=1)[0] == 8
     assert resolved(open_source("digits"))[0] == 8
     with pytest.raises(ValueError, match="--image-size 8 does not divide: it must be a multiple of 16"):
         resolved(open_source("digits"), vae="ema")

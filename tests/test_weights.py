@@ -198,7 +198,10 @@ def test_what_is_assumed_is_said_and_flags_say_otherwise(tmp_path, capsys):
     torch.save(STATE_DICT, tmp_path / "w.pt")
     pipeline = load_pipeline(tmp_path / "w.pt", CPU, num_heads=HEADS, vae="none")
     (line,) = printed(capsys).splitlines()
-    assert "w.pt does not say" in line and "--path-type Linear, --prediction velocity." in line
+    assert (
+        "w.pt does not say" in line
+        and "--path-type Linear, --prediction velocity, --num-classes 10 (one label more" in line
+    )
     counts = {"nfe": 1, "forward_passes": 1}
     settings = types.SimpleNamespace(mode="ODE", solver={"sampling_method": "euler"}, cfg_scale=1, seed=0)
     settings.cfg_interval, settings.guidance = (0, 1), None
@@ -476,7 +479,7 @@ def test_bare_weights_of_repa_are_known_by_their_projectors(tmp_path, capsys):
     torch.save(raw, tmp_path / "last.pt")
     pipeline = load_pipeline(tmp_path / "last.pt", CPU, vae="none")
     said = printed(capsys)
-    assert "converted" in said and "assumed: --path-type Linear." in said
+    assert "converted" in said and "assumed: --path-type Linear, --num-classes" in said
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([1, 3])
     with torch.no_grad():
         expected = -repa_network(raw, torch.float32)(x, 1 - t, y)
