@@ -120,11 +120,13 @@ def _folder_of_split(data_path, split):
 class PassedOver:
     """Counts the files and folders that are passed over, for the log."""
 
-    def __init__(self):
-        self.counts, self.first = collections.defaultdict(collections.Counter), {}
+    def __init__(self, used=None):
+        self.counts, self.first, self.used = collections.defaultdict(collections.Counter), {}, used
 
     def add(self, what, path, kind=""):
-        """Count a path under `what` it is, and under its `kind`."""
+        """Count a path under `what` it is, and under its `kind`, unless it is the file that is `used`."""
+        if self.used is not None and os.path.normpath(path) == self.used:
+            return
         self.counts[what][kind] += 1
         self.first.setdefault(what, path)
 
@@ -233,8 +235,8 @@ class ClassFolders(ImageFiles):
         for name in images:
             self.passed.add("images in no class folder", os.path.join(path, name))
         if not self.paths and images:
-            todo = "put those of a class into a folder of its name, or file_name and label of each into metadata.csv"
-            raise ValueError(f"it holds {len(images)} images and no class folders; {todo}")
+            advice = "put those of a class into a folder of its name, or file_name and label of each into metadata.csv"
+            raise ValueError(f"it holds {len(images)} images and no class folders; {advice}")
 
     def doubt(self):
         """Return a line if the folders do not look like classes, but as if the path were one too high; else None."""

@@ -79,22 +79,23 @@ class ForeignLatents(Dataset):
             raise ValueError(f"--num-classes {num_classes}: {what} have labels up to {self.num_classes - 1}")
         self.vae, self.image_size, self.num_classes = vae, size, num_classes or self.num_classes
         if given is None:
-            self.notes.append(f"{what} do not say it: taken for --vae {vae}, of images of {size} x {size} pixels")
+            assumed = "to decode, give --vae" if vae == UNKNOWN_VAE else f"assumed: --vae {vae}"
+            self.notes.append(f"{what} do not name their VAE; {assumed}; images of {size} x {size} pixels")
 
     def require_images(self):
         """Raise ValueError: no images are stored beside the latents."""
         raise ValueError(f"{self.folder} stores no images; make latents with extract_latents.py --keep-images")
 
-    def some_means(self, most):
-        """Yield the means (C, h, w) of up to `most` latents at even distances, except those that cannot be read."""
+    def some(self, most):
+        """Yield the moments of up to `most` latents at even distances, except those that cannot be read."""
         for i in np.unique(np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)):
             with contextlib.suppress(*READ_ERRORS):  # training names it
-                yield self._checked(int(i), False)[0]
+                yield self._checked(int(i), False)
 
     def _checked(self, i, flip):
         moments = self.moments(i, flip)
         if moments.shape != (2, *self.shape) or not moments.isfinite().all():
-            raise ValueError(f"the shape is {tuple(moments.shape[1:])} and not {self.shape}, or a value is not finite")
+            raise ValueError(f"the shape is {tuple(moments.shape[1:])}, not {self.shape}, or a value is not finite")
         return moments
 
     def __len__(self):
@@ -160,7 +161,7 @@ class LightningLatents(ForeignLatents):
                 if not len(mean) == len(std) == self.channels or not mean.isfinite().all() or not (std > 0).all():
                     raise ValueError(f"their shapes are {tuple(mean.shape)} and {tuple(std.shape)}")
         else:
-            some = list(self.some_means(MOST_MEASURED))
+            some = [mean for mean, _ in self.some(MOST_MEASURED)]
             if not some:
                 raise ValueError(f"{self.folder}: not one latent can be read")
             std, mean = torch.std_mean(torch.stack(some, dim=1).flatten(1).double(), dim=1)
@@ -199,8 +200,11 @@ class ArrayFiles(ForeignLatents):
         else:
             raise ValueError(f"{self.folder} holds no latents that can be read")
         self.finish(labels, left_out, skip_bad)
-        means = [] if samples else [mean.mean((1, 2)) for mean in self.some_means(64)]
-        mean = torch.stack(means).mean(0) if means else torch.zeros(0)
+        some = [] if samples else list(self.some(64))
+        mean = torch.stack(some).mean((0, 3, 4))[0] if some else torch.zeros(0)
+        if any((std < 0).any() for _, std in some):
+            what = "standard deviations below 0, as the logarithms of variances are, which are not read as such"
+            self.notes.append(f"warning: {self.folder} has {what}")
         if mean.shape == EDM2_MEAN.shape and (mean - EDM2_MEAN).abs().max() < 1.5:
             advice = "encode the images again with extract_latents.py, or give --vae mse if they are REPA's"
             self.doubt = f"they look like EDM2's, of images in [0, 1], which decode wrongly here; {advice}"

@@ -130,7 +130,10 @@ def _labelled_files(data_path, split, skip_bad):
     if split is not None:
         raise ValueError(f"--split {split} has no effect: {archives.TABLE} knows no splits")
     if any(name.endswith(".npy") for name in files.names) and not any(map(is_image, files.names)):
-        return open_moments(files, table, skip_bad)
+        latents = open_moments(files, table, skip_bad)
+        if os.path.realpath(path) != os.path.realpath(data_path):
+            latents.notes.append(f"passed over: what lies beside {path}")
+        return latents
     return archives.table_images(files, table, data_path, skip_bad)
 
 

@@ -252,7 +252,7 @@ def open_metadata(data_path, split, label_key, skip_bad):
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing and not skip_bad:
         raise ValueError(f"{path} names {len(missing)} files that are missing, the first {missing[0]}")
-    passed = folders.PassedOver()
+    passed = folders.PassedOver(used=os.path.normpath(path))
     found = (os.path.join(root, name) for root, names in folders.walk_images(folder, passed) for name in names)
     for image in sorted(set(map(os.path.normpath, found)) - set(paths)):
         passed.add(f"images of other splits, or that {path.name} does not name", image)

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from data.folders import PassedOver, walk_images
+from data.folders import PassedOver, find_splits, walk_images
 from data.images import allow_large_images, to_pil
 from utils.files import named, read_npy_header
 
@@ -44,6 +44,8 @@ class ImageBatches:
         found = walk_images(self.path, passed)
         self.paths = sorted(pathlib.Path(root, name) for root, names in found for name in names)
         self.notes = [f"{self.path}: {line}" for line in passed.lines()]
+        if splits := find_splits(self.path)[0]:
+            self.notes.append(f"{self.path}: the images of {', '.join(splits)} are read together")
         if not self.paths:
             raise ValueError("the folder holds no images")
         allow_large_images()

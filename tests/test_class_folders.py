@@ -257,7 +257,7 @@ def test_a_metadata_file_labels_the_images(tmp_path, kind, names):
     assert source.labels.tolist() == [1, 0, 1] and source.num_classes == 2
     assert source.class_names == (["cat", "dog"] if isinstance(names[0], str) else None)
     assert ImageDataset(source, 8, 3)[0, False]["problems"] == [] and source.name(2) == f"{path}/2.png"
-    assert f"metadata.{kind} does not name (first: {path}/3.png)" in source.notes[-1]
+    assert f"metadata.{kind} does not name (first: {path}/3.png)" in source.notes[-1] and len(source.notes) == 1
     assert "--label-key 'y'" in problem(path, label_key="y") and "file_name, label" in problem(path, label_key="y")
     (tmp_path / "1.png").unlink()
     assert f"names 1 files that are missing, the first {path}/1.png" in problem(path)

@@ -240,6 +240,14 @@ def test_a_folder_is_read_as_training_reads_it(tmp_path, monkeypatch, capsys):
     assert "gone.png: No such file" in fail("evaluate", words, capsys, monkeypatch)
 
 
+def test_splits_that_are_read_together_are_named(tmp_path):
+    for split in ("training", "testing"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / split / "cat" / "a.png")
+    (note,) = ImageBatches(tmp_path).notes
+    assert "testing, training are read together" in note and ImageBatches(tmp_path / "training").notes == []
+
+
 def test_every_image_of_a_folder_is_checked(tmp_path):
     Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a.png")
     Image.fromarray(np.full((4, 4), 20000, np.uint16)).save(tmp_path / "b.png")

@@ -59,6 +59,7 @@ def repa(folder, labels=(2, 0, 1), mean=0.0, channels=4):
     """Write moments as REPA's and EDM2's dataset_tool.py encode does. Return them, (N, 2C, 4, 4)."""
     moments = NUMBERS.normal(size=(len(labels), 2 * channels, 4, 4)).astype(np.float32)
     moments[:, :channels] += np.reshape(mean, (-1, 1, 1))
+    moments[:, channels:] = np.abs(moments[:, channels:])
     names = [f"{i // 2:05d}/img-mean-std-{i:08d}.npy" for i in range(len(labels))]
     for name, array in zip(names, moments, strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +147,16 @@ def test_repas_moments(tmp_path):
         torch.testing.assert_close(x1, (mean + std * noise) * 0.18215)
         assert labels == [2, 0, 1] and not latents.mirrors and config_of(latents)["latents"]["vae"] == "mse"
         assert config_of(latents)["latents"]["image_size"] == 32
+        assert any("passed over" in note for note in latents.notes) == (path == "data")
+
+
+def test_logarithms_of_variances_are_no_standard_deviations(tmp_path):
+    repa(tmp_path / "vae-sd")
+    assert open_source(str(tmp_path / "vae-sd")).notes == []
+    path = sorted((tmp_path / "vae-sd").rglob("*.npy"))[1]
+    np.save(path, np.load(path) - 5)
+    (note,) = open_source(str(tmp_path / "vae-sd")).notes
+    assert "standard deviations below 0" in note
 
 
 def test_edm2s_moments_are_not_taken_for_repas(tmp_path):
@@ -207,7 +218,7 @@ def test_an_unknown_autoencoder_is_needed_only_to_decode(tmp_path):
     latents = open_source(str(tmp_path / "latents"))
     config = config_of(latents)
     assert config["latents"]["image_size"] == 64  # VA-VAE's downsampling of 16
-    assert "taken for --vae unknown, of images of 64 x 64 pixels" in latents.notes[-1]
+    assert "do not name their VAE; to decode, give --vae; images of 64 x 64 pixels" in latents.notes[-1]
     with pytest.raises(ValueError, match="--sample-every 0"):
         open_training_space(config, latents, torch.device("cpu"), "fp32", decodes=True, losses=[])
     assert isinstance(open_training_space(config, latents, "cpu", "fp32", decodes=False, losses=[]), LatentSpace)

@@ -101,7 +101,8 @@ def read_pt(path):
         problem = f"{path} holds more than tensors and plain data{what}, or is damaged; it was not loaded"
         raise ValueError(problem) from error
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(f"{path} is not a readable PyTorch file: {files.one_line(error, 200)}") from error
+        problem = f"{path} is not a readable PyTorch file, perhaps incomplete"
+        raise ValueError(f"{problem}: {files.one_line(error, 200)}") from error
 
 
 def _check_kind(path):
