@@ -151,10 +151,16 @@ def lock(folder, problem, patience=10):
 
     Raise ValueError(problem) if another process still has the lock after `patience` seconds, in which the ranks of a
     killed run can be expected to end, and OSError if the folder cannot be written to."""
-    deadline = time.monotonic() + patience
+    deadline, removed = time.monotonic() + patience, 0
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open_own(folder / LOCK, "a+")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open_own(folder / LOCK, "a+")
+        except (FileExistsError, FileNotFoundError):  # another process may remove the folder at this moment
+            removed += 1
+            if removed > 3:
+                raise
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX's lock, which worker processes do not inherit
         except (BlockingIOError, PermissionError):
