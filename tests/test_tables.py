@@ -2,7 +2,7 @@
 
 | table | read as |
 |---|---|
-| images as binary, large, view, of fixed size, in a struct, or as paths | images |
+| images as binary, large, view, in a struct, or as paths | images |
 | labels of any integer type, booleans, ClassLabel | classes by number, with their names if there are any |
 | labels as strings of any type | classes in their sorted order; strings of integers are these |
 | files with a split in their name or their folder's, in `data`, in one folder as the hub's configurations | --split |
@@ -70,7 +70,6 @@ IMAGES = {
     "binary": pyarrow.array([png()] * 6, pyarrow.binary()),
     "large": pyarrow.array([png()] * 6, pyarrow.large_binary()),
     "view": pyarrow.array([png()] * 6, pyarrow.binary_view()),
-    "fixed": pyarrow.array([png()] * 6, pyarrow.binary(len(png()))),
     "struct": pyarrow.array([{"bytes": png()}] * 6),
     "with path": pyarrow.array([{"bytes": png(), "path": "a.png"}] * 6),
 }
