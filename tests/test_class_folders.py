@@ -221,10 +221,11 @@ def test_files_that_are_no_images_are_counted(tmp_path):
 
 
 def test_every_kind_of_image_is_read(tmp_path):
-    kinds = ["png", "JPG", "jpeg", "jfif", "gif", "bmp", "tif", "TIFF", "webp", "ppm", "jp2", "tga"]
+    kinds = ["png", "JPG", "jpeg", "jfif", "gif", "bmp", "tif", "TIFF", "webp", "ppm", "jp2", "tga", "ico"]
     kinds += ["avif"] if ".avif" in image_suffixes() else []  # not of the oldest Pillow
+    options = {"jfif": {"format": "JPEG"}, "ico": {"sizes": [(12, 12)]}}
     for kind in kinds:
-        write(tmp_path, f"a/{kind}.{kind}", **({"format": "JPEG"} if kind == "jfif" else {}))
+        write(tmp_path, f"a/{kind}.{kind}", **options.get(kind, {}))
     dataset = ImageDataset(open_source(str(tmp_path)), 8, 3)
     items = [dataset[i, False] for i in range(len(dataset))]
     assert len(items) == len(kinds) and not any(item["problems"] for item in items)

@@ -98,7 +98,7 @@ def x1_and_labels(latents, noise=None, flip=False):
 
 def test_lightningdits_latents_are_normalised_by_its_statistics(tmp_path):
     stored = lightning(tmp_path / "latents")
-    statistics = torch.load(tmp_path / "latents" / "latents_stats.pt")
+    statistics = torch.load(tmp_path / "latents" / "latents_stats.pt", weights_only=True)
     latents = open_source(str(tmp_path / "latents"))
     assert latents.mirrors and latents.num_examples == 5 and latents.num_classes == 5
     for key, flip in (("latents", False), ("latents_flip", True)):
@@ -303,7 +303,7 @@ def test_train_resume_and_sample(tmp_path, small_vae):
     result = run("sample.py", *sample, "--output", tmp_path / "x.png")
     assert result.returncode == 2 and "--vae" in result.stderr and len(result.stderr.strip().splitlines()) == 1
     pipeline = load_pipeline(folder, torch.device("cpu"), vae=str(small_vae(latent_channels=4)))
-    statistics = torch.load(tmp_path / "latents" / "latents_stats.pt")
+    statistics = torch.load(tmp_path / "latents" / "latents_stats.pt", weights_only=True)
     x = torch.randn(2, 4, 4, 4)
     decoded = pipeline.space.load().decode(x * statistics["std"] + statistics["mean"]).sample
     torch.testing.assert_close(pipeline.space.decode(x), decoded)
