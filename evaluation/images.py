@@ -10,9 +10,10 @@ from PIL import Image
 
 from data.folders import PassedOver, find_splits, walk_images
 from data.images import allow_large_images, to_pil
-from utils.files import named, read_npy_header
+from utils.files import named, read_npy_header, written_whole
 
 GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")  # of PIL
+INCEPTION, FEATURES_OF = "inception", "features_of"  # a file without this name holds statistics of Inception's features
 # Mean and covariance of Inception's features: pooled ones for FID, and seven channels of a 17 x 17 layer for sFID.
 POOL, SPATIAL_CHANNELS = 2048, 7
 SPATIAL = 17 * 17 * SPATIAL_CHANNELS
@@ -24,11 +25,13 @@ class ImageBatches:
     """uint8 images of `shape` (N, H, W, C), read batch by batch, and `statistics` {name: float64 array}, or {}.
 
     `path` is an .npz with the images in arr_0, or a folder of image files of one size, also in folders within it. With
-    `may_be_statistics`, the .npz may hold mu and sigma of `STATISTICS`, or all four, too; without images, `shape` is
-    (0,). `notes` are lines on what of a folder is passed over. Raise ValueError for other or damaged files."""
+    `may_be_statistics`, the .npz may hold mu and sigma of `STATISTICS`, or all four, too, or those of other features,
+    see `write_statistics`; without images, `shape` is (0,). `notes` are lines on what of a folder is passed over. Raise
+    ValueError for other or damaged files."""
 
     def __init__(self, path, may_be_statistics=False):
         self.path, self.paths, self.shape, self.statistics, self.notes = path, None, (0,), {}, []
+        self.kind = None  # of the features that the statistics are of
         with named(path, Exception):  # a damaged archive raises errors of many kinds
             if path.is_dir():
                 self._open_folder()
@@ -68,7 +71,14 @@ class ImageBatches:
                 wanted = list(STATISTICS)[: 4 if names & {"mu_s", "sigma_s"} else 2]
                 if missing := set(wanted) - names:
                     raise ValueError(f"the statistics {', '.join(sorted(missing))} are missing")
-                self.statistics = {name: _checked(name, content[name]) for name in wanted}
+                self.kind, shapes = INCEPTION, STATISTICS
+                if FEATURES_OF in names:
+                    size = content["mu"].size
+                    self.kind, shapes = (
+                        str(content[FEATURES_OF])[:100],
+                        STATISTICS | dict(mu=(size,), sigma=(size, size)),
+                    )
+                self.statistics = {name: _checked(name, content[name], shapes[name]) for name in wanted}
         if "arr_0" in names:
             with self._stream() as (shape, _):
                 self.shape = shape
@@ -95,6 +105,12 @@ class ImageBatches:
     def __len__(self):
         return self.shape[0]
 
+    def statistics_of(self, kind):
+        """Return the statistics of features of this kind, or {}. Raise ValueError if the file holds only others."""
+        if self.statistics and self.kind != kind and not len(self):
+            raise ValueError(f"{self.path} holds statistics of {self.kind}, not of {kind}, and no images")
+        return self.statistics if self.kind == kind else {}
+
     def batches(self, size):
         """Yield arrays (up to `size`, H, W, C). Raise ValueError if the file is damaged."""
         shape, starts = self.shape[1:], range(0, len(self), size)
@@ -108,10 +124,19 @@ class ImageBatches:
                 yield np.stack([self._read(path) for path in self.paths[start : start + size]])
 
 
-def _checked(name, array):
-    """Return one of STATISTICS in float64. Raise ValueError if it cannot be a mean or covariance of these features."""
-    if array.shape != STATISTICS[name]:
-        raise ValueError(f"{name} has the shape {array.shape}; Inception's has {STATISTICS[name]}")
+def write_statistics(path, kind, statistics):
+    """Write a tuple (mu, sigma) or (mu, sigma, mu_s, sigma_s) of features of a kind, as `ImageBatches` reads it.
+
+    Those of Inception have the names and shapes of ADM's references; others have a mark of their kind beside them."""
+    mark = {} if kind == INCEPTION else {FEATURES_OF: kind}
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **dict(zip(STATISTICS, statistics, strict=False)), **mark)
+
+
+def _checked(name, array, shape):
+    """Return one of STATISTICS in float64. Raise ValueError if it cannot be a mean or covariance of this shape."""
+    if array.shape != shape:
+        raise ValueError(f"{name} has the shape {array.shape}, and must be {shape}")
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{name} holds {array.dtype}, not real numbers")
     array = array.astype(np.float64)

@@ -1,30 +1,22 @@
-"""Metrics of sets of images: Fréchet distances, Inception Score, precision and recall, and FID while a model trains."""
+"""Metrics of sets of images: Fréchet and kernel distances, Inception Score, precision and recall, FID in training."""
 
-import io
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import constants
 from tqdm import tqdm
 
-from evaluation.images import POOL, SPATIAL, SPATIAL_CHANNELS, ImageBatches
-from utils import distributed, files, hub
-from utils.precision import without_tf32
+from evaluation.features import MOST_PIXELS, Inception, Pixels, pixels
+from evaluation.images import ImageBatches
+from utils import distributed
 
 SPLIT = 5000  # images in each of the contiguous splits of the Inception Score, as in ADM's suite
 NEIGHBOURS = 3  # precision and recall: a manifold reaches to the third neighbour, as in ADM's suite
 MOST_REFERENCES = 10_000  # reference images that precision and recall are taken from
-MOST_PIXELS = 4096  # numbers in an image for which the Fréchet distance of the pixels themselves is taken
-WEIGHTS_SHA256_PREFIX = "6726825d"  # of Inception's published weights, stated by the file's name
-COMPARABLE_SAMPLES = 50_000
+MOST_KERNEL_ROWS = 10_000  # images of either set that the kernel distance is taken from
 BATCH_SIZE = 64  # images that go through the Inception of a `Monitor` at a time
-
-
-def pixels(images):
-    """Return uint8 images (N, H, W, C) as float64 rows (N, H * W * C) in [0, 1]."""
-    return np.asarray(images).reshape(len(images), -1) / 255
 
 
 class Moments:
@@ -121,110 +113,94 @@ def _squared_distances(x, y):
     return ((x**2).sum(1)[:, None] + (y**2).sum(1)[None, :] - 2 * x @ y.T).clamp(min=0)
 
 
-def pixel_metrics(samples, reference, batch_size):
-    """Return {'fd_pixels', 'fd_pixels_floor', 'caveats'}. Raise ValueError unless all images are of one small shape."""
-    shape, other = samples.shape[1:], reference.shape[1:]
-    if shape != other:
-        raise ValueError(f"--features pixels: samples are {shape}, and reference images {other or 'are missing'}")
-    dimensions = math.prod(shape)
-    if dimensions > MOST_PIXELS:
-        raise ValueError(f"--features pixels takes images of up to {MOST_PIXELS} numbers; these have {dimensions}")
-    of_samples = Moments(dimensions, map(pixels, samples.batches(batch_size)))
-    of_reference, even, odd = (Moments(dimensions) for _ in range(3))
-    for batch in reference.batches(batch_size):
-        rows, parity = pixels(batch), of_reference.count % 2
-        of_reference.add(rows)
-        even.add(rows[parity::2])
-        odd.add(rows[1 - parity :: 2])
-    return {
-        "fd_pixels": frechet_distance(*of_samples.result(), *of_reference.result()),
-        "fd_pixels_floor": frechet_distance(*even.result(), *odd.result()),
-        "caveats": ["fd_pixels is this project's own metric; its floor is even to odd images of the reference"],
-    }
+def kernel_distance(x, y, block=2000):
+    """Return the squared MMD of features (M, D) and (N, D) with the kernel (x . y / D + 1)^3 (Bińkowski et al. 2018).
+
+    On Inception's features it is KID. The estimate is unbiased: 0 in expectation for equal distributions, so at times
+    negative. It is from all pairs, in float64 and blocks of rows; the usual mean over random subsets has the same
+    expectation and more variance. Of more than MOST_KERNEL_ROWS rows, that many are taken, evenly spaced, since files
+    may be sorted by class: two sets of 10,000 x 2048 take 1.2e12 floating-point operations."""
+    counts = [min(len(rows), MOST_KERNEL_ROWS) for rows in (x, y)]
+    x, y = (rows[torch.arange(n) * len(rows) // n].double() for rows, n in zip((x, y), counts, strict=True))
+
+    def total(a, b):
+        return sum(((part @ b.T / b.shape[1] + 1) ** 3).sum().item() for part in a.split(block))
+
+    def within(a):  # the mean over pairs of two different rows
+        with_themselves = (((a**2).mean(1) + 1) ** 3).sum().item()
+        return (total(a, a) - with_themselves) / (len(a) * (len(a) - 1))
+
+    return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
 
 
-def load_inception(path, device):
-    """Return torch-fidelity's Inception of 2015 on `device`, and the SHA-256 of its weights in the file `path`.
+class Collected(NamedTuple):
+    """What `collect` returns: features (N, D), logits (N, K), each or None, and means and covariances."""
 
-    None is the published weights, downloaded once. Raise ValueError if they are missing or do not fit."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-
-    name = f"--inception-weights {path}"
-    if path is None:
-        path = hub.cache_of_urls() / URL_INCEPTION_V3.rsplit("/", 1)[1]
-        name = f"{path} (delete it to download it again)"
-        if not path.is_file():
-            what = f"Inception's weights, {URL_INCEPTION_V3} (or give a copy by --inception-weights)"
-            if constants.HF_HUB_OFFLINE:
-                raise ValueError(f"cannot fetch {what}: HF_HUB_OFFLINE is set, and they are not in {path.parent}")
-            hub.download(URL_INCEPTION_V3, path, what, WEIGHTS_SHA256_PREFIX)
-    with files.named(f"{name} holds no weights of this Inception", Exception):  # damaged files fail in many ways
-        # The library would unpickle any object, so it gets a copy of the tensors alone.
-        safe = io.BytesIO()
-        torch.save(torch.load(path, map_location="cpu", weights_only=True), safe)
-        safe.seek(0)
-        network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], safe)
-    return network.to(device), files.sha256(path)
+    rows: torch.Tensor | None
+    logits: torch.Tensor | None
+    statistics: tuple
 
 
-def comparability(sha256, num_samples):
-    """Return {'weights_verified': bool, 'caveats': [str]}: why metrics are not comparable with published ones."""
-    verified = sha256.startswith(WEIGHTS_SHA256_PREFIX)
-    caveats = [] if verified else ["Inception's weights are not the published ones"]
-    if num_samples < COMPARABLE_SAMPLES:
-        caveats.append(f"{num_samples} samples, not {COMPARABLE_SAMPLES}")
-    return {"weights_verified": verified, "caveats": caveats}
+def collect(features, images, batch_size, enough=math.inf):
+    """Return the `Collected` of the first `enough` images of `ImageBatches`, rounded up to batches.
 
-
-@torch.no_grad()
-@without_tf32()
-def forward(network, images, device):
-    """Return Inception's pool features (N, 2048) and its logits without bias (N, 1008) of uint8 images (N, H, W, C)."""
-    x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).to(device)  # (N, C, H, W)
-    pool, logits = network(x.expand(-1, 3, -1, -1))
-    if not (pool.isfinite().all() and logits.isfinite().all()):
-        raise ValueError("Inception's features are not finite: its weights are damaged")
-    return pool, logits
-
-
-def features(network, images, batch_size, device, enough=math.inf):
-    """Return pool features (N, 2048), logits (N, 1008) and the four STATISTICS of `enough` images of `ImageBatches`."""
-    spatial = Moments(SPATIAL)
-
-    def add_spatial(module, inputs, output):  # sFID's features, 17 x 17 x 7, row by row
-        spatial.add(output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).cpu())
-
-    hook = network.Mixed_6d.branch1x1.register_forward_hook(add_spatial)
+    Statistics are (mean, covariance) of each set of the `features`, one behind the other, as in STATISTICS. Pixels are
+    not kept as rows."""
     count = math.ceil(min(enough, len(images)) / batch_size)
-    batches = tqdm(itertools.islice(images.batches(batch_size), count), total=count, unit=" batches", disable=None)
-    pools, logits = zip(*(forward(network, batch, device) for batch in batches), strict=True)
-    hook.remove()
-    pooled = Moments(POOL, (pool.cpu() for pool in pools))
-    return torch.cat(pools), torch.cat(logits), (*pooled.result(), *spatial.result())
+    batches = itertools.islice(images.batches(batch_size), count)
+    accumulated, kept = [Moments(size) for size in features.sizes], []
+    for batch in tqdm(batches, total=count, unit=" batches", disable=None):
+        sets, logits = features(batch)
+        for of_set, rows in zip(accumulated, sets, strict=True):
+            of_set.add(rows.cpu())
+        kept.append((sets[0] if features.kernel_metric else None, logits))
+    rows, logits = (None if parts[0] is None else torch.cat(parts) for parts in zip(*kept, strict=True))
+    return Collected(rows, logits, sum((of_set.result() for of_set in accumulated), ()))
 
 
-def inception_metrics(samples, reference, weights, batch_size, device):
-    """Return the metrics of ADM's suite for `ImageBatches`, and their caveats; `weights` is as for `load_inception`.
-
-    Without reference images, precision and recall are None, as sFID is if the statistics are mu and sigma alone. Raise
-    ValueError if images differ in size or weights fail."""
-    size, other = samples.shape[1:3], reference.shape[1:3]
+def check_reference(features, samples, reference):
+    """Raise ValueError unless `ImageBatches` to compare hold images of one size, or statistics of these features."""
+    reference.statistics_of(features.kind)
+    size, other = samples.shape[1 : 1 + features.axes], reference.shape[1 : 1 + features.axes]
     if len(reference) and size != other:
         raise ValueError(f"{samples.path} holds images of {size}, and {reference.path} of {other}")
-    network, sha256 = load_inception(weights, device)
-    pool, logits, x = features(network, samples, batch_size, device)
-    y, sfid, precision, recall = tuple(reference.statistics.values()), None, None, None
+
+
+def pixel_metrics(features, samples, reference, batch_size):
+    """Return {'fd_pixels', 'fd_pixels_floor', 'caveats'} of `Collected` samples and `ImageBatches`, by `Pixels`.
+
+    Without reference images, the floor is None."""
+    y, floor = tuple(reference.statistics_of(features.kind).values()), None
+    if len(reference):
+        of_reference, even, odd = (Moments(features.sizes[0]) for _ in range(3))
+        for batch in reference.batches(batch_size):
+            rows, parity = pixels(batch), of_reference.count % 2
+            of_reference.add(rows)
+            even.add(rows[parity::2])
+            odd.add(rows[1 - parity :: 2])
+        y, floor = of_reference.result(), frechet_distance(*even.result(), *odd.result())
+    results = {"fd_pixels": frechet_distance(*samples.statistics, *y), "fd_pixels_floor": floor}
+    return results | features.comparability(None)
+
+
+def network_metrics(features, samples, reference, batch_size):
+    """Return metrics of `Collected` samples and `ImageBatches`, and their caveats, by the features of a network.
+
+    They are the Fréchet and the kernel distance and, with Inception, the other metrics of ADM's suite. Without
+    reference images, the kernel distance, precision and recall are None, as is sFID with mu and sigma alone."""
+    x, y, real = samples.statistics, tuple(reference.statistics_of(features.kind).values()), None
     if len(reference):
         enough = MOST_REFERENCES if len(y) == len(x) else math.inf
-        real_pool, _, statistics = features(network, reference, batch_size, device, enough)
-        precision, recall = precision_and_recall(real_pool[:MOST_REFERENCES], pool)
+        real, _, statistics = collect(features, reference, batch_size, enough)
         y += statistics[len(y) :]
-    fid = frechet_distance(*x[:2], *y[:2])
-    if len(y) == len(x):
-        sfid = frechet_distance(*x[2:], *y[2:])
-    score = inception_score(logits)
-    results = dict(fid=fid, sfid=sfid, inception_score=score, precision=precision, recall=recall, weights_sha256=sha256)
-    return results | comparability(sha256, len(samples))
+    results = {features.metric: frechet_distance(*x[:2], *y[:2])}
+    if samples.logits is not None:
+        results["sfid"] = frechet_distance(*x[2:], *y[2:]) if len(y) == len(x) else None
+        results["inception_score"] = inception_score(samples.logits)
+        shares = (None, None) if real is None else precision_and_recall(real[:MOST_REFERENCES], samples.rows)
+        results |= zip(("precision", "recall"), shares, strict=True)
+    results[features.kernel_metric] = None if real is None else kernel_distance(samples.rows, real)
+    return results | {"weights_sha256": features.sha256} | features.comparability(len(samples.rows))
 
 
 class Monitor:
@@ -234,30 +210,30 @@ class Monitor:
     (H, W, C) of the samples. Raise ValueError if the reference is of another shape or Inception cannot be loaded."""
 
     def __init__(self, reference, image_shape, weights, device):
-        self.dimensions, self.features, self.sha256 = math.prod(image_shape), pixels, None
-        if self.dimensions > MOST_PIXELS:
-            network, self.sha256 = load_inception(weights, device)
-            self.dimensions, self.features = POOL, lambda images: forward(network, images, device)[0].cpu()
+        self.features = Pixels(image_shape) if math.prod(image_shape) <= MOST_PIXELS else Inception(weights, device)
+        self.sha256 = self.features.sha256
         if isinstance(reference, ImageBatches):
-            if reference.statistics and self.sha256:
-                self.of_reference = reference.statistics["mu"], reference.statistics["sigma"]
+            if statistics := reference.statistics_of(self.features.kind):
+                self.of_reference = statistics["mu"], statistics["sigma"]
                 return
-            axes = 2 if self.sha256 else 3  # Inception takes grey images and coloured ones
-            if reference.shape[1 : 1 + axes] != image_shape[:axes]:
+            if reference.shape[1 : 1 + self.features.axes] != image_shape[: self.features.axes]:
                 raise ValueError(f"{reference.path} does not hold images of {image_shape}")
             reference = reference.batches(BATCH_SIZE)
-        self.of_reference = Moments(self.dimensions, map(self.features, reference)).result()
+        self.of_reference = self._moments(reference).result()
+
+    def _moments(self, batches, origin=None):
+        rows = (self.features(batch)[0][0].cpu() for batch in batches)
+        return Moments(self.features.sizes[0], rows, origin)
 
     def metrics(self, images):
         """Return {'fid' or 'fd_pixels', 'n_samples', ...} of all ranks' uint8 images (N, H, W, C); all call this.
 
         With None for images, on all ranks, the metric is None."""
         if images is None:
-            return {"fd_pixels" if self.sha256 is None else "fid": None, "n_samples": 0}
+            return {self.features.metric: None, "n_samples": 0}
         batches = (images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE))
-        accumulated = Moments(self.dimensions, map(self.features, batches), self.of_reference[0])
+        accumulated = self._moments(batches, self.of_reference[0])
         accumulated.all_reduce()
         distance, count = frechet_distance(*accumulated.result(), *self.of_reference), accumulated.count
-        if self.sha256 is None:
-            return {"fd_pixels": distance, "n_samples": count}
-        return {"fid": distance, "n_samples": count} | comparability(self.sha256, count)
+        results = {self.features.metric: distance, "n_samples": count}
+        return results if self.sha256 is None else results | self.features.comparability(count)

@@ -13,7 +13,7 @@ from PIL import Image
 from test_command_line import fail
 
 import evaluate
-from evaluation import metrics
+from evaluation import features, metrics
 from evaluation.images import STATISTICS, ImageBatches
 
 CPU = torch.device("cpu")
@@ -143,12 +143,14 @@ def test_metrics_equal_those_of_adm_s_suite(weights_file, tmp_path, monkeypatch,
 def test_statistics_as_reference_and_grey_images(weights_file, tmp_path, monkeypatch, capsys):
     """Statistics of the samples themselves: distance 0 up to rounding, and no images for precision and recall."""
     images = block_images(4, 3, 20, size=24)[..., :1]
-    network, _ = metrics.load_inception(weights_file, CPU)
     np.savez(tmp_path / "s.npz", arr_0=images)
-    *_, statistics = metrics.features(network, ImageBatches(tmp_path / "s.npz"), 3, CPU)
-    np.savez(tmp_path / "stats.npz", **dict(zip(STATISTICS, statistics, strict=True)))
-    words = [tmp_path / "s.npz", "--reference", tmp_path / "stats.npz", "--inception-weights", weights_file]
-    out = evaluated(monkeypatch, capsys, *words, "--json", tmp_path / "out.json")
+    words = [tmp_path / "s.npz", "--inception-weights", weights_file]
+    evaluated(monkeypatch, capsys, *words, "--save-statistics", tmp_path / "stats.npz", "--batch-size", 3)
+    with np.load(tmp_path / "stats.npz") as file:
+        assert {name: file[name].shape for name in file.files} == STATISTICS
+        assert all(file[name].dtype == np.float64 for name in file.files)
+    words += ["--reference", tmp_path / "stats.npz", "--json", tmp_path / "out.json"]
+    out = evaluated(monkeypatch, capsys, *words)
     results = json.loads((tmp_path / "out.json").read_text())
     assert abs(results["fid"]) < 1e-4 and abs(results["sfid"]) < 1e-4
     assert results["precision"] is None and results["n_reference"] is None
@@ -210,8 +212,8 @@ def test_mu_and_sigma_alone_or_beside_images(weights_file, tmp_path, monkeypatch
         assert ("sfid             needs images in the reference" in out) == (name == "stats")
         results[name] = json.loads((tmp_path / "out.json").read_text())
     assert results["stats"]["fid"] == results["both"]["fid"] == 2048 * 2.5 != results["images"]["fid"]
-    assert results["stats"]["sfid"] is None and results["stats"]["recall"] is None
-    for key in ("sfid", "precision", "recall"):
+    assert results["stats"]["sfid"] is None and results["stats"]["recall"] is None and results["stats"]["kid"] is None
+    for key in ("sfid", "precision", "recall", "kid"):
         assert results["both"][key] == results["images"][key]
 
 
@@ -333,11 +335,11 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
         assert name in message(name)
     assert "in Fortran order with" in message("fortran.npz")
     assert "one.npz: a covariance needs two images or more, not 1" in message("one.npz")
-    assert "mu has the shape (); Inception's has (2048,)" in message("good.npz", "scalar.npz")
+    assert "mu has the shape (), and must be (2048,)" in message("good.npz", "scalar.npz")
     assert "mu has the shape (3,)" in message("good.npz", "narrow.npz")
     assert "mu is not finite" in message("good.npz", "nan.npz")
     assert "the folder holds no images" in message("empty")
-    assert "samples are (12, 12, 3), and reference images (6, 6, 3)" in message("good.npz", "small.npz")
+    assert "holds images of (12, 12, 3), and" in message("good.npz", "small.npz")
     words = ["good.npz", "good.npz", "--json"]
     assert "is an input; it would be overwritten" in message(*words, tmp_path / "good.npz")
     assert "is a folder" in message(*words, tmp_path / "empty")
@@ -364,50 +366,62 @@ def test_squared_distances_are_never_negative():
 
 
 def test_what_makes_metrics_comparable_with_published_ones():
-    published = metrics.WEIGHTS_SHA256_PREFIX + "0" * 56
-    assert metrics.comparability(published, 50_000) == {"weights_verified": True, "caveats": []}
-    assert metrics.comparability(published, 49_999)["caveats"] == ["49999 samples, not 50000"]
-    other = metrics.comparability("1" + published[1:], 60_000)
+    published = features.WEIGHTS_SHA256_PREFIX + "0" * 56
+    assert features.comparability(published, 50_000) == {"weights_verified": True, "caveats": []}
+    assert features.comparability(published, 49_999)["caveats"] == ["49999 samples, not 50000"]
+    other = features.comparability("1" + published[1:], 60_000)
     assert other == {"weights_verified": False, "caveats": ["Inception's weights are not the published ones"]}
 
 
 class Points:
-    """Stands in for `ImageBatches`: each image has two features."""
+    """Stands in for `ImageBatches`, and for the features: each image has two features, for FID and for sFID."""
 
-    def __init__(self, path, rows, statistics=None):
-        self.path, self.rows, self.shape = path, rows, (len(rows), 4, 4, 3)
+    metric, kernel_metric, kind, sizes, axes, sha256 = "fid", "kid", "inception", (2, 2), 2, "0" * 64
+
+    def __init__(self, path, rows, statistics=None, asked=()):
+        self.path, self.rows, self.shape, self.asked = path, rows, (len(rows), 4, 4, 3), asked
         self.statistics = statistics or {}
 
     def __len__(self):
         return len(self.rows)
 
+    def statistics_of(self, kind):
+        return self.statistics
+
+    def batches(self, size):
+        for batch in self.rows.split(size):
+            self.asked.append(self.path)
+            yield batch
+
+    def __call__(self, rows):
+        return (rows, rows), torch.zeros(len(rows), 3)
+
+    def comparability(self, num_samples):
+        return {"caveats": [f"{num_samples} samples"]}
+
 
 def test_precision_and_recall_are_of_the_first_reference_images_and_fid_of_all(monkeypatch):
     asked = []
-
-    def features(network, images, batch_size, device, enough=np.inf):
-        asked.append((images.path, enough))
-        moments = metrics.moments(images.rows.numpy())
-        return images.rows, torch.zeros(len(images), 3), (*moments, *moments)
-
     monkeypatch.setattr(metrics, "MOST_REFERENCES", 5)
-    monkeypatch.setattr(metrics, "load_inception", lambda weights, device: (None, "0" * 64))
-    monkeypatch.setattr(metrics, "features", features)
     rows = torch.randn(10, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows[5:] += 100
-    samples, reference = Points("samples", rows), Points("reference", rows.flip(0))
-    results = metrics.inception_metrics(samples, reference, None, 4, CPU)
-    assert asked == [("samples", np.inf), ("reference", np.inf)]
+    reference = Points("reference", rows.flip(0), asked=asked)
+    samples = metrics.collect(reference, Points("samples", rows, asked=asked), 4)
+    results = metrics.network_metrics(reference, samples, reference, 4)
+    assert asked == ["samples"] * 3 + ["reference"] * 3 and results["caveats"] == ["10 samples"]
     assert (results["precision"], results["recall"]) == (0.5, 1.0)  # half of the samples are far from the first five
     assert results["fid"] == pytest.approx(0, abs=1e-6) and results["sfid"] == pytest.approx(0, abs=1e-6)
     mean, covariance = metrics.moments(rows.numpy())
     reference.statistics = dict(mu=mean + [3, 4], sigma=covariance, mu_s=mean + [0, 2], sigma_s=covariance)
-    results = metrics.inception_metrics(samples, reference, None, 4, CPU)
-    assert asked[3] == ("reference", 5)
+    results = metrics.network_metrics(reference, samples, reference, 4)
+    assert len(asked) == 6 + 2  # batches for five images
     assert results["fid"] == pytest.approx(25) and results["sfid"] == pytest.approx(4)
     nothing = Points("statistics", rows[:0], reference.statistics)
-    results = metrics.inception_metrics(samples, nothing, None, 4, CPU)
-    assert (results["precision"], results["recall"]) == (None, None) and results["fid"] == pytest.approx(25)
+    results = metrics.network_metrics(reference, samples, nothing, 4)
+    assert [results[key] for key in ("precision", "recall", "kid")] == [None] * 3 and results["fid"] == pytest.approx(
+        25
+    )
+    other = Points("samples", rows)
+    other.shape = (10, 8, 8, 3)
     with pytest.raises(ValueError, match="samples holds images of"):
-        samples.shape = (10, 8, 8, 3)
-        metrics.inception_metrics(samples, reference, None, 4, CPU)
+        metrics.check_reference(reference, other, reference)

@@ -12,7 +12,7 @@ import torch
 from test_models import STATE_DICT
 
 import download
-from evaluation import metrics
+from evaluation import features
 from utils import hub
 
 FILES = [
@@ -255,5 +255,5 @@ def test_a_missing_inception_says_how_to_bring_it(server, monkeypatch, tmp_path)
     for offline, problem in ((True, "HF_HUB_OFFLINE is set"), (False, "its SHA-256 is")):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
         with pytest.raises(ValueError, match=f"{url}/inception.pth .or give a copy by --inception-weights.*{problem}"):
-            metrics.load_inception(None, "cpu")
+            features.load_inception(None, "cpu")
     assert server.calls == ["/inception.pth"] and list((tmp_path / "cache" / "checkpoints").iterdir()) == []
