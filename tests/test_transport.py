@@ -91,6 +91,7 @@ def test_conversions_hold_for_the_true_pair_and_round_trip(name):
     score = -x0 / path.sigma(t)[:, None]
     close = dict(rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(path.velocity_to_noise(ut, xt, t), x0, **close)
+    torch.testing.assert_close(path.velocity_to_data(ut, xt, t), x1, **close)
     torch.testing.assert_close(path.noise_to_score(path.velocity_to_noise(ut, xt, t), xt, t), score, **close)
     torch.testing.assert_close(path.noise_to_velocity(x0, xt, t), ut, **close)
     torch.testing.assert_close(path.score_to_velocity(score, xt, t), ut, **close)

@@ -1,4 +1,4 @@
-"""Solvers: torchdiffeq's for ODEs, Euler-Maruyama and Heun for SDEs, and a table of each kind.
+"""Solvers: torchdiffeq's for ODEs, Euler-Maruyama and Heun for SDEs, multistep.py for both; a table of each kind.
 
 To add a solver, write one step and give it a row in `ODE_METHODS` or `SDE_METHODS`: name -> (step, NFE per step).
 
@@ -15,6 +15,8 @@ data to noise; `noise` is standard normal, like x. Each call of `velocity` or `d
 
 import torch
 import torchdiffeq
+
+from .multistep import AdamsBashforth, DPMSolver2M, Explicit, Stochastic, UniPC, of_order
 
 
 def euler_maruyama_step(drift, diffusion, x, t, dt, noise, end_is_singular):
@@ -33,7 +35,12 @@ def heun_step(drift, diffusion, x, t, dt, noise, end_is_singular):
     return x + slope * dt
 
 
-SDE_METHODS = {"Euler": (euler_maruyama_step, 1), "Heun": (heun_step, 2)}
+SDE_METHODS = {
+    "Euler": (euler_maruyama_step, 1),
+    "Heun": (heun_step, 2),
+    "dpmpp_2m_sde": (of_order(Stochastic, 2), 1),
+    "dpmpp_3m_sde": (of_order(Stochastic, 3), 1),
+}
 
 MOST_STEPS = 10_000  # that an adaptive method may accept: beyond, it follows the network's rounding
 
@@ -48,6 +55,9 @@ ODE_METHODS = {
     **dict.fromkeys(ADAPTIVE_ODE_METHODS, (None, None)),
     **{"euler": (None, 1), "midpoint": (None, 2), "heun2": (None, 2), "heun3": (None, 3), "rk4": (None, 4)},
     **dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams"), (None, None)),
+    **{f"ab{order}": (of_order(AdamsBashforth, order), 1) for order in (2, 3, 4)},
+    **{"dpmpp_2m": (DPMSolver2M, 1), "dpmpp_3m": (of_order(Explicit, 3), 1)},
+    **{"unipc": (of_order(UniPC, 2), 1), "unipc_3": (of_order(UniPC, 3), 1)},
 }
 
 

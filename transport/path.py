@@ -67,6 +67,11 @@ class Path:
         t = expand_like(t, x)
         return (self.d_alpha(t) * x - self.alpha(t) * velocity) / self.wronskian(t)
 
+    def velocity_to_data(self, velocity, x, t):
+        """Return E[x1 | x_t = x]; not finite where d_sigma is not."""
+        t = expand_like(t, x)
+        return (self.sigma(t) * velocity - self.d_sigma(t) * x) / self.wronskian(t)
+
     def noise_to_velocity(self, noise, x, t):
         """Invert `velocity_to_noise`; singular where alpha(t) = 0."""
         t = expand_like(t, x)
