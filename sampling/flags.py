@@ -1,9 +1,12 @@
 """Flags of the sampling scripts: weights, interpolant, solver, guidance, speed."""
 
+import os
+
 import transport
 from models import SiT_models
 from utils import command_line
 from utils.command_line import flag_group, flag_name, integer, location, number, one_of
+from utils.files import named, read_json
 from utils.precision import DTYPES
 from utils.weights import TRANSPORT_KEYS
 from vae import PRECISIONS
@@ -12,9 +15,11 @@ ODE_DEFAULTS = dict(sampling_method="dopri5", atol=1e-6, rtol=1e-3, reverse=Fals
 SDE_DEFAULTS = dict(
     sampling_method="Euler", diffusion_form="sigma", diffusion_norm=1.0, last_step="Mean", last_step_size=0.04
 )
-# Keys of the flags of `add_weights_flags` and `add_transport_flags`, and of `add_solver_flags`.
+# Keys of the flags of `add_weights_flags` and `add_transport_flags`, of a guide, and of `add_solver_flags`.
 WEIGHTS_FLAGS = ("ema", "model", "image_size", "num_classes", "num_heads", "vae", *TRANSPORT_KEYS)
-SOLVER_FLAGS = ("num_sampling_steps", "time_shift", *(ODE_DEFAULTS | SDE_DEFAULTS))
+GUIDE_FLAGS = ("guide_ckpt", "guide_ema")
+SOLVER_FLAGS = ("num_sampling_steps", "time_grid", "time_shift", *(ODE_DEFAULTS | SDE_DEFAULTS))
+GRID_KEYS = ("mode", "path", "prediction", "sampling_method", "cfg_scale", "cfg_interval")  # for which a grid is tuned
 
 
 def add_sampling_flags(parser):
@@ -23,7 +28,11 @@ def add_sampling_flags(parser):
     add_transport_flags(parser, from_checkpoint=True)
     add_solver_flags(parser)
     add = flag_group(parser, "guidance")
-    add("--cfg-scale", number(), "S", "guidance scale; 1 is none (default: 4, or 1 for a model without a null class)")
+    scale = "guidance scale; 1 is none (default: 4; 2 with --guide-ckpt; 1 for a model without a null class)"
+    add("--cfg-scale", number(), "S", scale)
+    guide = "smaller or less trained model, to guide by it in place of the null class (autoguidance); as --ckpt"
+    add("--guide-ckpt", location, "PATH|NAME|URL", guide)
+    add("--guide-ema", str, "NAME", "EMA of --guide-ckpt (default: ema)")
     interval = "guide at times in [LO, HI] alone; 0 is noise, 1 data (default: 0 1)"
     add("--cfg-interval", number(0, closed=1), ("LO", "HI"), interval, nargs=2)
     channels = "leading channels that are guided (default: all for checkpoints of train.py; 3 for released weights)"
@@ -82,6 +91,8 @@ def add_solver_flags(parser):
     add("--num-sampling-steps", integer(2), "N", steps)
     ode, sde = (", ".join(methods) for methods in (transport.ODE_METHODS, transport.SDE_METHODS))
     add("--sampling-method", str, "METHOD", f"ODE: {ode} (default: dopri5); SDE: {sde} (default: Euler)")
+    grid = f"time points: {', '.join(transport.TIME_GRIDS)}, a file of tune_grid.py, or the times (default: uniform)"
+    add("--time-grid", location, "NAME|FILE.json|T", grid, nargs="+")
     add("--time-shift", positive, "S", "above 1: more time points near the noise, as larger images need (default: 1)")
     add = flag_group(parser, "ODE only")
     add("--atol", positive, "TOL", "absolute tolerance of adaptive methods (default: 1e-6)")
@@ -106,7 +117,9 @@ def without_effect(changed, mode, solver, cfg_scale=None, in_pixels=False, more=
         (adaptive, ("num_sampling_steps",), f"on {method}, which chooses its own steps"),
         (mode == "ODE" and not tolerant, ("atol", "rtol"), f"on {method}, whose steps are fixed"),
         (mode == "SDE" and solver.get("last_step") is None, ("last_step_size",), "with --last-step none"),
-        (cfg_scale == 1, ("guided_channels",), "with --cfg-scale 1, which is no guidance"),
+        (not isinstance(solver.get("time_grid", ""), str), ("last_step_size", "sample_eps"), "on a given --time-grid"),
+        (cfg_scale == 1, ("guided_channels", *GUIDE_FLAGS), "with --cfg-scale 1, which is no guidance"),
+        ("guide_ckpt" not in changed, ("guide_ema",), "without --guide-ckpt"),
         (in_pixels, ("vae_precision",), "on pixels, which need no autoencoder"),
     ]
     return command_line.without_effect(changed, rules)
@@ -120,12 +133,65 @@ def solver_settings(mode, given):
     mode = mode or "ODE"
     defaults = ODE_DEFAULTS if mode == "ODE" else SDE_DEFAULTS
     for key in given:
-        if key not in (*defaults, "num_sampling_steps", "time_shift"):
+        if key not in (*defaults, "num_sampling_steps", "time_grid", "time_shift"):
             raise ValueError(f"{flag_name(key)} has no effect on {mode}; it belongs to the other mode")
     settings = {key: given.get(key, default) for key, default in defaults.items()}
     if settings.get("last_step") == "none":
         settings["last_step"] = None
-    if "time_shift" in given and settings["sampling_method"] in transport.ADAPTIVE_ODE_METHODS:
-        raise ValueError(f"--time-shift has no effect on {settings['sampling_method']}, which chooses its own steps")
+    for key in ("time_grid", "time_shift"):
+        if key in given and settings["sampling_method"] in transport.ADAPTIVE_ODE_METHODS:
+            why = f"has no effect on {settings['sampling_method']}, which chooses its own steps"
+            raise ValueError(f"{flag_name(key)} {why}")
     grid = {"num_steps": given.get("num_sampling_steps", 250), "time_shift": given.get("time_shift", 1.0)}
+    if "time_grid" in given:
+        grid |= time_grid_settings(given["time_grid"], given)
     return mode, settings | grid
+
+
+def time_grid_settings(words, given):
+    """Return {'time_grid', 'num_steps'} of --time-grid, a name or words as in `read_time_grid`; nothing if uniform."""
+    if words in ("uniform", ["uniform"]):
+        return {}
+    grid, _ = read_time_grid(words)
+    if "time_shift" in given:
+        raise ValueError("--time-shift has no effect on a --time-grid other than uniform")
+    if isinstance(grid, str):
+        return {"time_grid": grid}
+    if given.get("num_sampling_steps", len(grid)) != len(grid):
+        raise ValueError(f"--num-sampling-steps {given['num_sampling_steps']}: --time-grid has {len(grid)} times")
+    return {"time_grid": grid, "num_steps": len(grid)}
+
+
+def read_time_grid(words):
+    """Return the grid that words of --time-grid give, and what else its file holds, a dict.
+
+    The words are a name in TIME_GRIDS, which is returned, or times, or the name of a JSON file that holds a list of
+    times, or an object that has them as 'times'; then a list of floats is returned. Raise ValueError."""
+    words = [words] if isinstance(words, str) else words
+    times, made, name = words, {}, f"--time-grid {' '.join(map(str, words[:3]))}"
+    if len(words) == 1 and words[0] in transport.TIME_GRIDS:
+        return words[0], made
+    if len(words) == 1 and os.path.isfile(words[0]):
+        made = read_json(words[0], (dict, list))
+        made = made if isinstance(made, dict) else {"times": made}
+        times = made.get("times")
+        if not isinstance(times, list):
+            raise ValueError(f"{name} holds no list of 'times'")
+    elif len(words) == 1 and words[0].endswith(".json"):
+        raise ValueError(f"{name}: there is no such file")
+    else:
+        try:
+            times = [float(word) for word in words]
+        except ValueError:
+            allowed = f"{', '.join(transport.TIME_GRIDS)}, a JSON file, or two times or more"
+            raise ValueError(f"{name}: unknown time grid; choose from {allowed}") from None
+    with named(name, ValueError):
+        transport.check_times(times)
+    return [float(t) for t in times], made
+
+
+def grid_notes(words, description):
+    """Return a line if the file of --time-grid was made for other settings than `description`, from `describe`."""
+    made = read_time_grid(words)[1] if words else {}
+    other = [f"{key} {made[key]}" for key in GRID_KEYS if made.get(key, description[key]) != description[key]]
+    return [f"--time-grid {words[0]} was made for {', '.join(other)}"] if other else []

@@ -101,7 +101,8 @@ def test_every_ode_method_follows_the_exact_flow_and_back(path_type, prediction,
     t0, t1 = transport.ode_interval()
     x = torch.randn(64, 2, 3, dtype=torch.float64)
     expected = exact_flow(transport.path, x, t0, t1)
-    settings = dict(sampling_method=method, num_steps=800 if method == "euler" else 80, atol=1e-6, rtol=1e-5)
+    num_steps = {"euler": 800, "dpmpp_2m": 200}.get(method, 80)
+    settings = dict(sampling_method=method, num_steps=num_steps, atol=1e-6, rtol=1e-5)
     end = Sampler(transport).sample_ode(**settings)(x, network)[-1]
     tolerance = 2e-2 if method == "euler" else 5e-3
     assert (end - expected).abs().max() < tolerance
@@ -190,7 +191,9 @@ def test_sampling_keeps_one_state_and_no_graph():
         assert states.shape[0] == 1 and not states.requires_grad
 
 
-@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams", "dopri5", "Euler", "Heun"])
+@pytest.mark.parametrize(
+    "method", ["euler", "rk4", "explicit_adams", "dopri5", "ab4", "unipc_3", "Euler", "Heun", "dpmpp_3m_sde"]
+)
 def test_memory_does_not_grow_with_the_number_of_steps(method):
     """Count the states that are alive when the model is called, by weak references: as many for 60 steps as for 20."""
 
@@ -204,7 +207,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(method):
             return -x
 
         sampler = Sampler(create_transport())
-        make = sampler.sample_sde if method in ("Euler", "Heun") else sampler.sample_ode
+        make = sampler.sample_sde if method in SDE_METHODS else sampler.sample_ode
         make(sampling_method=method, num_steps=num_steps)(torch.randn(2, 3), model)
         return most
 
@@ -456,7 +459,7 @@ def test_the_defaults_of_the_methods():
     ode = dict(sampling_method="dopri5", num_steps=50, atol=1e-6, rtol=1e-3)
     sde = dict(sampling_method="Euler", diffusion_form="SBDM", diffusion_norm=1.0, last_step="Mean")
     grid = dict(last_step_size=0.04, num_steps=250)
-    more = dict(time_shift=1.0, trajectory=False)
+    more = dict(time_grid="uniform", time_shift=1.0, trajectory=False)
     assert defaults(Sampler.sample_ode) == ode | dict(reverse=False) | more
     assert defaults(Sampler.sample_sde) == sde | grid | more | dict(randn_like=torch.randn_like)
     assert defaults(Sampler.sample_ode_likelihood) == ode | dict(num_probes=1, probe_like=None)

@@ -8,4 +8,5 @@ from .integrators import ADAPTIVE_ODE_METHODS, ODE_METHODS, SDE_METHODS, TOLERAN
 from .official import ModelType, PathType, WeightType
 from .path import DIFFUSION_FORMS, PATHS
 from .sampler import LAST_STEPS, Sampler
+from .time_grids import TIME_GRIDS, check_times
 from .transport import LOSS_WEIGHTS, PREDICTIONS, Transport, create_transport, logit_normal

@@ -6,6 +6,7 @@ import torch
 
 from .integrators import ODE_METHODS, SDE_METHODS, ode_integrate, sde_integrate
 from .path import DIFFUSION_FORMS, check_choice
+from .time_grids import check_grid, given_ends, make_times
 
 LAST_STEPS = (None, "Mean", "Tweedie", "Euler")
 
@@ -20,7 +21,9 @@ class Sampler:
     Args of the methods:
         sampling_method: a name in `ODE_METHODS` or `SDE_METHODS`.
         num_steps: time points, both ends included; adaptive methods choose their own steps.
-        time_shift: above 1, more of the time points lie near the noise; see `shifted`.
+        time_grid: a name in `TIME_GRIDS`, or a sequence of increasing times in [0, 1], used as they are in place of the
+            transport's interval; `num_steps` is then their number. Adaptive methods use the two ends.
+        time_shift: above 1, more points of the uniform grid lie near the noise; see `shifted`.
         atol, rtol: tolerances of the adaptive methods. The error is measured as its root mean square over the whole
             batch, so their steps, and within the tolerances the result, depend on what else is in the batch.
         trajectory: return every state, (S, N, ...), not the end state alone, (1, N, ...). `fn(...)[-1]` is the end
@@ -39,18 +42,20 @@ class Sampler:
         atol=1e-6,
         rtol=1e-3,
         reverse=False,
+        time_grid="uniform",
         time_shift=1.0,
         trajectory=False,
     ):
         """Sample by the probability-flow ODE dx/dt = velocity(x, t). With `trajectory`, S = num_steps.
 
         `reverse` integrates from data to noise, over the same interval."""
-        t0, t1 = self._ode_interval(sampling_method, num_steps, time_shift)
+        num_steps = check_grid(time_grid, num_steps, time_shift)
+        t0, t1 = self._ode_interval(sampling_method, time_grid)
         solver = dict(method=sampling_method, atol=atol, rtol=rtol, path=self.transport.path, trajectory=trajectory)
 
         @torch.no_grad()
         def sample(x, model, **model_kwargs):
-            times = _time_grid(t0, t1, num_steps, x, time_shift)
+            times = make_times(time_grid, self.transport.path, t0, t1, num_steps, x, time_shift)
             times = times.flip(0) if reverse else times
             states = ode_integrate(self._drift(model, model_kwargs), x, times, **solver)
             return states if trajectory else states[-1:].clone()  # a view would keep the initial state alive
@@ -67,6 +72,7 @@ class Sampler:
         last_step="Mean",
         last_step_size=0.04,
         num_steps=250,
+        time_grid="uniform",
         time_shift=1.0,
         trajectory=False,
         randn_like=torch.randn_like,
@@ -79,11 +85,12 @@ class Sampler:
             diffusion_form, diffusion_norm: the shape and scale of w; see `Path.diffusion`.
             last_step: how to get from t = 1 - last_step_size to 1, where the score is singular; see `_last_step`. None:
                 the SDE is integrated to the end of the interval and stops there.
-            last_step_size: in (0, 1). A larger `sample_eps` that was given takes its place.
+            last_step_size: in (0, 1). A larger `sample_eps` that was given takes its place. From a sequence of times,
+                the last step goes from the last of them to 1.
             randn_like: draws the noise of a step in the shape of its argument."""
         check_choice("sampling method", sampling_method, SDE_METHODS)
-        _check_grid(num_steps, time_shift)
-        t0, t1, singular = self._sde_interval(diffusion_form, diffusion_norm, last_step, last_step_size)
+        num_steps = check_grid(time_grid, num_steps, time_shift)
+        t0, t1, singular = self._sde_interval(diffusion_form, diffusion_norm, last_step, last_step_size, time_grid)
         solver = dict(method=sampling_method, path=self.transport.path, randn_like=randn_like, end_is_singular=singular)
 
         def diffusion(t):
@@ -92,7 +99,7 @@ class Sampler:
         @torch.no_grad()
         def sample(x, model, **model_kwargs):
             drift = self._drift(model, model_kwargs, diffusion)
-            times = _time_grid(t0, t1, num_steps, x, time_shift)
+            times = make_times(time_grid, self.transport.path, t0, t1, num_steps, x, time_shift)
             states = [x]
             for state in sde_integrate(drift, diffusion, x, times, **solver):
                 states = [*states, state] if trajectory else [state]
@@ -118,7 +125,8 @@ class Sampler:
 
         `fn` returns (logp, z): log p(x) (N,) in nats, summed over all dimensions, and the noise (N, ...) that x is
         carried to, without gradients. It works in any grad mode, in inference mode for parameters not made in it."""
-        t0, t1 = self._ode_interval(sampling_method, num_steps)
+        check_grid("uniform", num_steps)
+        t0, t1 = self._ode_interval(sampling_method)
         if num_probes < 1 or num_probes != int(num_probes):
             raise ValueError(f"num_probes must be an integer of 1 or more, not {num_probes}")
         solver = dict(method=sampling_method, atol=atol, rtol=rtol, path=self.transport.path)
@@ -135,22 +143,22 @@ class Sampler:
             def velocity_and_divergence(state, t):
                 return _with_divergence(velocity, state[0], t, probes)
 
-            times = _time_grid(t0, t1, num_steps, x).flip(0)
+            times = make_times("uniform", self.transport.path, t0, t1, num_steps, x).flip(0)
             z, change = ode_integrate(velocity_and_divergence, (x, x.new_zeros(len(x))), times, **solver)
             return self.transport.prior_logp(z[-1]) + change[-1], z[-1]
 
         log_likelihood.nfe = _nfe(ODE_METHODS[sampling_method], num_steps)
         return log_likelihood
 
-    def _ode_interval(self, sampling_method, num_steps, time_shift=1.0):
+    def _ode_interval(self, sampling_method, time_grid="uniform"):
         """Check an ODE's settings and return the interval (t0, t1) over which it is integrated."""
         check_choice("sampling method", sampling_method, ODE_METHODS)
-        _check_grid(num_steps, time_shift)
-        t0, t1 = self.transport.ode_interval()
-        self._check_regular([t0, t1])
+        given = given_ends(time_grid)
+        t0, t1 = given or self.transport.ode_interval()
+        self._check_regular([t0, t1], given=given)
         return t0, t1
 
-    def _sde_interval(self, diffusion_form, diffusion_norm, last_step, last_step_size):
+    def _sde_interval(self, diffusion_form, diffusion_norm, last_step, last_step_size, time_grid):
         """Check an SDE's settings and return its interval t0, t1, and whether its end must not be evaluated."""
         check_choice("diffusion form", diffusion_form, DIFFUSION_FORMS)
         check_choice("last step", last_step, LAST_STEPS)
@@ -158,21 +166,26 @@ class Sampler:
             raise ValueError(f"diffusion norm must be a number of 0 or more, not {diffusion_norm}")
         if last_step is not None and not 0 < last_step_size < 1:
             raise ValueError(f"last step size must lie between 0 and 1, not {last_step_size}")
-        t0, t1 = self.transport.sde_interval(diffusion_form, 0.0 if last_step is None else last_step_size)
+        given = given_ends(time_grid)
+        t0, t1 = given or self.transport.sde_interval(diffusion_form, 0.0 if last_step is None else last_step_size)
+        if given and last_step is not None and t1 == 1:
+            raise ValueError("the time grid ends at 1, where the last step leads: end it before, or take no last step")
         if t0 >= t1:
             raise ValueError(f"last step size {last_step_size} leaves nothing of the interval that begins at {t0}")
         singular = last_step is None and t1 == 1
-        self._check_regular([t0] if singular else [t0, t1], diffusion_form)
+        self._check_regular([t0] if singular else [t0, t1], diffusion_form, given)
         return t0, t1, singular
 
-    def _check_regular(self, ends, diffusion_form=None):
-        """Raise ValueError where the drift is singular at an end, as a sample_eps that the user gave can make it."""
+    def _check_regular(self, ends, diffusion_form=None, given=None):
+        """Raise ValueError where the drift is singular at an end, as a sample_eps or times that were given can be."""
         for t in ends:
             if not self.transport.is_regular(t, diffusion_form):
                 form = "" if diffusion_form is None else f" with the diffusion form {diffusion_form!r}"
+                culprit = "the time grid" if given else f"sample_eps = {self.transport.sample_eps}"
+                advice = "keep away from it" if given else "use one above 0"
                 raise ValueError(
-                    f"sample_eps = {self.transport.sample_eps} evaluates the drift at t = {t:g}, where it is singular "
-                    f"for prediction {self.transport.prediction!r}{form} on this path; use one above 0, such as 1e-3"
+                    f"{culprit} evaluates the drift at t = {t:g}, where it is singular "
+                    f"for prediction {self.transport.prediction!r}{form} on this path; {advice}, such as 1e-3"
                 )
 
     def _drift(self, model, model_kwargs, diffusion=None):
@@ -202,36 +215,12 @@ class Sampler:
         return (x - self.transport.path.sigma(t) * noise) / self.transport.path.alpha(t)
 
 
-def _check_grid(num_steps, time_shift):
-    if not 0 < time_shift < math.inf:
-        raise ValueError(f"time_shift must be a number above 0, not {time_shift}")
-    if num_steps < 2 or num_steps != int(num_steps):
-        raise ValueError(f"num_steps counts both ends of the interval: an integer of 2 or more, not {num_steps}")
-
-
 def _nfe(row, num_steps, end_is_singular=False, has_last_step=False):
     """Return the NFE of a solve by a row (step, NFE per step) of a table of solvers; None where they depend on data."""
     _, per_step = row
     if per_step is None:
         return None
     return per_step * (num_steps - 1) - (end_is_singular and per_step > 1) + has_last_step
-
-
-def shifted(u, shift):
-    """Map u in [0, 1] to itself; a shift above 1 moves points towards the noise: u / (u + shift (1 - u)).
-
-    The same noise hides less of a larger image, so its grid needs more steps there. The noise level 1 - u goes to
-    shift (1 - u) / (1 + (shift - 1) (1 - u)) (Esser et al. 2024, eq. 23)."""
-    return u / (u + shift * (1 - u))
-
-
-def _time_grid(t0, t1, num_steps, x, shift=1.0):
-    """Return times (num_steps,) from t0 to t1, even but for the shift, in float64 where x's device has it."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    times = torch.linspace(t0, t1, num_steps, dtype=dtype, device=x.device)
-    if shift != 1:
-        times[1:-1] = t0 + (t1 - t0) * shifted((times[1:-1] - t0) / (t1 - t0), shift)
-    return times
 
 
 def _per_sample(t, x):

@@ -103,11 +103,11 @@ def write_json(path, content):
         partial.write_text(to_json(content, indent=2) + "\n")
 
 
-def read_json(path):
-    """Return the object in a JSON file. Raise ValueError naming the file if it cannot be read or holds none."""
+def read_json(path, kinds=dict):
+    """Return the object, or a value of other `kinds`, in a JSON file. Raise ValueError naming the file without one."""
     with named(f"{path} is damaged", (OSError, ValueError, RecursionError)):
         content = json.loads(pathlib.Path(path).read_text())
-        if not isinstance(content, dict):
+        if not isinstance(content, kinds):
             raise ValueError("it holds no object")
     return content
 
