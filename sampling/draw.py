@@ -24,7 +24,7 @@ class SampleSettings:
 
     mode: str = "ODE"  # or 'SDE'
     solver: dict = dataclasses.field(default_factory=dict)  # arguments of `Sampler.sample_ode` or `.sample_sde`
-    cfg_scale: float = 1.0  # of classifier-free guidance; 1 is none
+    cfg_scale: float = 1.0  # of classifier-free guidance, or of autoguidance if the pipeline has a guide; 1 is none
     cfg_interval: tuple = guidance.WHOLE  # the times between which to guide
     seed: int = 0  # of the noise of all images
     guidance: Callable | None = None  # a rule of sampling/guidance.py in place of classifier-free guidance
@@ -35,13 +35,14 @@ class SampleSettings:
             return Sampler(transport).sample_ode(**self.solver)
         return Sampler(transport).sample_sde(**self.solver, **({"randn_like": noise.randn_like} if noise else {}))
 
-    def rule(self, channels):
-        """Return the guidance rule, where classifier-free guidance acts on this many leading channels; None: all."""
+    def rule(self, channels, has_guide=False):
+        """Return the guidance rule, that of `cfg_scale` on this many leading channels; None: all."""
         if self.guidance is not None:
             return self.guidance
         if self.cfg_scale == 1:
             return lambda network, x, t, y: network(x, t, y)
-        rule = functools.partial(guidance.classifier_free, scale=self.cfg_scale, channels=channels)
+        rule = guidance.autoguidance if has_guide else guidance.classifier_free
+        rule = functools.partial(rule, scale=self.cfg_scale, channels=channels)
         if self.cfg_interval == guidance.WHOLE:
             return rule
         low, high = self.cfg_interval
@@ -60,7 +61,7 @@ def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed):
     """Return the `SampleSettings` of flags, which are None where not given. Raise ValueError if they do not fit."""
     if mode == "ODE":
         check_tolerances(solver["sampling_method"], solver["atol"], solver["rtol"], torch.float32)  # of the noise
-    cfg_scale = guidance.resolve_cfg_scale(cfg_scale, pipeline.model)
+    cfg_scale = guidance.resolve_cfg_scale(cfg_scale, pipeline.model, pipeline.guide)
     if cfg_interval is not None and cfg_scale == 1:
         raise ValueError("--cfg-interval has no effect with --cfg-scale 1, which is no guidance")
     low, high = cfg_interval or guidance.WHOLE
@@ -68,6 +69,10 @@ def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed):
         raise ValueError(f"--cfg-interval {low:g} {high:g} is empty: LO must lie below HI")
     settings = SampleSettings(mode, solver, cfg_scale, (low, high), seed)
     settings.sampler(pipeline.transport)
+    if pipeline.guide is not None and cfg_scale != 1:
+        grid = solver.get("time_grid")
+        t0, t1 = (grid[0], grid[-1]) if isinstance(grid, list) else pipeline.transport.ode_interval()
+        guidance.check_guide(pipeline, max(t0, low), min(t1, high))
     return settings
 
 
@@ -97,7 +102,7 @@ class GuidedModel:
     """A guided network as solvers call it: (x, t, y) -> output, computed batch by batch.
 
     A compiled network gets batches of one size: the last one is filled up with copies of its last row. `nfe` counts
-    calls, and `forward_passes` those of the network per image, two for a call with classifier-free guidance."""
+    calls, and `forward_passes` those of the networks per image, two for a call with guidance."""
 
     def __init__(self, pipeline, rule, batch_size, bar):
         self.network, self.rule = guidance.Network(pipeline), rule
@@ -118,13 +123,13 @@ class GuidedModel:
 
 
 @torch.no_grad()
-def draw(pipeline, labels, settings, *, first_index=0, batch_size=64, show_progress=True):
+def draw(pipeline, labels, settings, *, first_index=0, batch_size=64, show_progress=True, record=None):
     """Draw one latent per label; image k of this call has the index first_index + k, which decides its noise.
 
-    The network gets `batch_size` images at a time. Return (latents (N, C, h, w), {'nfe', 'forward_passes'} per image,
-    the most of any solve)."""
+    The network gets `batch_size` images at a time; `record`, a `trajectory.Record`, sees the evaluations. Return
+    (latents (N, C, h, w), {'nfe', 'forward_passes'} per image, the most of any solve)."""
     drawn, nfe, forward_passes = [], 0, 0
-    group, rule = settings.group_size(batch_size), settings.rule(pipeline.guided_channels)
+    group, rule = settings.group_size(batch_size), settings.rule(pipeline.guided_channels, pipeline.guide is not None)
     starts = range(0, len(labels), group)
     nfe_per_solve = settings.sampler(pipeline.transport).nfe
     total = None if nfe_per_solve is None else nfe_per_solve * len(starts)
@@ -135,7 +140,8 @@ def draw(pipeline, labels, settings, *, first_index=0, batch_size=64, show_progr
             noise = ImageNoise(settings.seed, indices, pipeline.device)
             sample = settings.sampler(pipeline.transport, noise)
             model = GuidedModel(pipeline, rule, batch_size, bar)
-            drawn.append(sample(noise.draw(pipeline.latent_shape), model, y=y)[-1])
+            watched = model if record is None else record.watch(model, len(y))
+            drawn.append(sample(noise.draw(pipeline.latent_shape), watched, y=y)[-1])
             nfe, forward_passes = max(nfe, model.nfe), max(forward_passes, model.forward_passes)
     return torch.cat(drawn), {"nfe": nfe, "forward_passes": forward_passes}
 
@@ -174,7 +180,7 @@ def draw_labels(count, num_classes, seed, balanced):
 
 def describe(pipeline, settings):
     """Return, as plain data, what decides samples; metrics compare only where this is equal."""
-    channels, guided = pipeline.model.in_channels, settings.cfg_scale != 1
+    channels, guided, guide = pipeline.model.in_channels, settings.cfg_scale != 1, pipeline.guide
     description = {
         "mode": settings.mode,
         **settings.solver,
@@ -191,19 +197,26 @@ def describe(pipeline, settings):
     }
     rule = settings.guidance
     named = {"guidance": f"{getattr(rule, 'func', rule).__name__} {getattr(rule, 'keywords', {})}"} if rule else {}
+    if guide is not None and (guided or rule):
+        named["guide"] = {"model": guide.model_config, "prediction": guide.transport.prediction}
     return description | named
 
 
 def summary(description):
-    """Return one line on a description with counts: method, NFE, guidance, precision, path and prediction."""
+    """Return one line on a description with counts: method, NFE, guidance, precision, path and prediction.
+
+    A description with a guide may hold 'guide_ckpt', its name."""
     d = description
     rule = d.get("guidance", "no guidance")
     if "guidance" not in d and d["cfg_scale"] != 1:
         low, high = d["cfg_interval"]
         where = "" if (low, high) == guidance.WHOLE else f" for t in [{low:g}, {high:g}]"
-        rule = f"guidance {d['cfg_scale']:g} on {d['guided_channels']} of {d['channels']} channels{where}"
+        auto, by = ("auto", f" by {d.get('guide_ckpt', 'another model')}") if "guide" in d else ("", "")
+        rule = f"{auto}guidance {d['cfg_scale']:g}{by} on {d['guided_channels']} of {d['channels']} channels{where}"
+    times = d.get("time_grid")
+    grid = f", {times} grid" if isinstance(times, str) else f", {len(times)} given times" if times else ""
     trained = f", {d['path'].removesuffix('Path')} {d['prediction']}" if "path" in d else ""
     return (
-        f"{d['mode']} {d['sampling_method']}, {d['nfe']} NFE ({d['forward_passes']} forward passes), {rule}, "
+        f"{d['mode']} {d['sampling_method']}{grid}, {d['nfe']} NFE ({d['forward_passes']} forward passes), {rule}, "
         f"{d['precision']}{trained}"
     )

@@ -1,6 +1,7 @@
 """Guidance rules: functions of (network, x, t, y) that return the guided output (N, C, H, W).
 
-`network(x, t, y)` is a `Network`; a rule may call it with any number of rows, which are counted as forward passes.
+`network(x, t, y)` is a `Network`; a rule may call it, and the second network `network.guide` if the pipeline has one,
+with any number of rows, which are counted as forward passes.
 x (N, C, H, W) is x_t, t (1,) the time that all rows share, y (N,) their labels. To add a rule, write such a function
 and give it to `SampleSettings(guidance=...)`."""
 
@@ -14,19 +15,28 @@ WHOLE = (0.0, 1.0)  # the interval of all times
 class Network:
     """The network of a pipeline in its precision, as guidance rules call it: (x, t, y) -> output in x's dtype.
 
-    `rows` counts the rows of all calls. `num_classes` is the index of the null class."""
+    `num_classes` is the index of the null class, `guide` the `Network` of the pipeline's guide or None. A guide's
+    output is converted to the `prediction` of the network that it guides. `rows` counts the rows of all calls of both.
+    """
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, prediction=None):
         self.model, self.device, self.precision = pipeline.model, pipeline.device, pipeline.precision
+        self.transport, self.prediction = pipeline.transport, prediction
         self.num_classes = pipeline.model.num_classes
-        self.rows = 0
+        self.guide = pipeline.guide and Network(pipeline.guide, pipeline.transport.prediction)
+        self.own_rows = 0
+
+    @property
+    def rows(self):
+        return self.own_rows + (self.guide.rows if self.guide else 0)
 
     def __call__(self, x, t, y):
-        self.rows += len(x)
+        self.own_rows += len(x)
         with autocast(self.device, self.precision):
             output = self.model(x, t, y)
         # A copy: a model that is recorded as CUDA graphs overwrites its output in the next call.
-        return output.to(x.dtype, copy=True)
+        output = output.to(x.dtype, copy=True)
+        return output if self.prediction is None else getattr(self.transport, self.prediction)(output, x, t)
 
 
 def classifier_free(network, x, t, y, *, scale, channels=None):
@@ -35,8 +45,21 @@ def classifier_free(network, x, t, y, *, scale, channels=None):
     Ho & Salimans (2022), with their w = scale - 1. Only the leading `channels` are guided; None: all."""
     null = torch.full_like(y, network.num_classes)
     conditional, unconditional = network(torch.cat([x, x]), t, torch.cat([y, null])).chunk(2)
-    guided = unconditional[:, :channels] + scale * (conditional[:, :channels] - unconditional[:, :channels])
-    return guided if channels is None else torch.cat([guided, conditional[:, channels:]], dim=1)
+    return _extrapolate(unconditional, conditional, scale, channels)
+
+
+def autoguidance(network, x, t, y, *, scale, channels=None):
+    """Return guide + scale (network - guide), both for the labels: one forward pass of each.
+
+    Karras et al. (2024, "Guiding a diffusion model with a bad version of itself"), with their w: the guide is a smaller
+    or less trained network. Only the leading `channels` are guided; None: all."""
+    return _extrapolate(network.guide(x, t, y), network(x, t, y), scale, channels)
+
+
+def _extrapolate(worse, better, scale, channels):
+    """Return worse + scale (better - worse) in the leading channels (None: all), and `better` in the others."""
+    guided = worse[:, :channels] + scale * (better[:, :channels] - worse[:, :channels])
+    return guided if channels is None else torch.cat([guided, better[:, channels:]], dim=1)
 
 
 def in_interval(network, x, t, y, *, rule, low, high):
@@ -44,11 +67,24 @@ def in_interval(network, x, t, y, *, rule, low, high):
     return rule(network, x, t, y) if low <= t.item() <= high else network(x, t, y)
 
 
-def resolve_cfg_scale(cfg_scale, model):
-    """Return the guidance scale, by default 4, or 1 without a null class. Raise ValueError if it needs one."""
-    guidable = model.y_embedder.embedding_table.num_embeddings > model.num_classes
+def resolve_cfg_scale(cfg_scale, model, guide=None):
+    """Return the guidance scale, by default 4, with a guide 2, without it and a null class 1.
+
+    Raise ValueError if the scale needs a null class, and the model has none."""
+    guidable = guide is not None or model.y_embedder.embedding_table.num_embeddings > model.num_classes
     if cfg_scale is None:
-        return 4.0 if guidable else 1.0
+        return (4.0 if guide is None else 2.0) if guidable else 1.0
     if cfg_scale != 1 and not guidable:
         raise ValueError(f"--cfg-scale {cfg_scale:g} needs a null class, and the model has none; only 1 is possible")
     return cfg_scale
+
+
+def check_guide(pipeline, *times):
+    """Raise ValueError if the output of a pipeline's guide, as the network's prediction, is singular at a time."""
+    its, ours = pipeline.guide.transport, pipeline.transport.prediction
+    for t in torch.tensor(times, dtype=torch.float64):
+        if not getattr(its, ours)(torch.ones(1), torch.ones(1), t[None]).isfinite():
+            problem = (
+                f"--guide-ckpt predicts {its.prediction}, which gives no {ours}, as the model predicts, at t = {t:g}"
+            )
+            raise ValueError(f"{problem}; keep off it by --sample-eps 1e-3 or --cfg-interval")

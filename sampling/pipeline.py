@@ -30,6 +30,7 @@ class Pipeline:
     class_names: list | None = None  # (num_classes,) str; None if unknown
     precision: str = "fp32"  # see `speed_up`
     compiled: bool = False
+    guide: "Pipeline | None" = None  # of a second network, for autoguidance
 
     @property
     def latent_shape(self):
@@ -43,15 +44,17 @@ class Pipeline:
         return side, side, self.model.in_channels if self.space.in_pixels else 3
 
     def speed_up(self, dtype_name, compiled):
-        """Compute in a precision of `precision.DTYPES`, compiled or not. The network is changed in place."""
-        precision.prepare_inference(self.model, self.device, dtype_name, compiled)
-        self.precision, self.compiled = dtype_name, compiled
+        """Compute in a precision of `precision.DTYPES`, compiled or not. The networks are changed in place."""
+        for pipeline in filter(None, (self, self.guide)):
+            precision.prepare_inference(pipeline.model, self.device, dtype_name, compiled)
+            pipeline.precision, pipeline.compiled = dtype_name, compiled
 
     def digests(self):
         """Return what identifies the networks: SHA-256 of the weights, and of the VAE with its scale and shift."""
         space = self.space
         vae = {} if space.in_pixels else {"sha256": _digest(space.model), "scale": space.scale, "shift": space.shift}
-        return {"weights_sha256": _digest(self.model), "vae": vae}
+        guide = {} if self.guide is None else {"guide_sha256": _digest(self.guide.model)}
+        return {"weights_sha256": _digest(self.model), "vae": vae} | guide
 
 
 def _digest(model):
@@ -62,29 +65,23 @@ def _digest(model):
     return digest.hexdigest()
 
 
-def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", ema="ema", **given):
-    """Load a checkpoint as a `Pipeline`.
+def load_pipeline(
+    ckpt, device, guided_channels=None, vae_precision="fp32", ema="ema", guide_ckpt=None, guide_ema="ema", **given
+):
+    """Load a checkpoint as a `Pipeline`, with a second one as its guide if `guide_ckpt` is given.
 
     `ckpt` is as `hub.resolve` takes it; None means the released weights of given['model'] at given['image_size'].
     `guided_channels` is a number or 'all'; None means all for checkpoints of train.py and REPA, 3 for others. `given`
     are flags of `flags.WEIGHTS_FLAGS`, which describe weights without a config. Rank 0 says what it loads and assumes.
-    Raise ValueError if the weights are missing or do not fit, or a flag contradicts them."""
-    ckpt = ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}"
-    if distributed.rank() == 0:
-        print(f"loading {ckpt}", flush=True)
-    weights = load_weights(hub.resolve(ckpt), ema)
+    Raise ValueError if the weights are missing or do not fit, a flag contradicts them, or the guide is of other latents
+    or classes, or of another path."""
+    weights = _read(ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}", ema)
     latents = weights.config.get("latents", {})  # has a scale and a shift if these are not the autoencoder's own
     vae = given.get("vae") or latents.get("vae", "ema")
     if distributed.rank() == 0:
         for note in [*weights.notes, *_assumptions(weights, given)]:
             print(note, flush=True)
-    damaged = (TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError)
-    try:
-        config = _model_config(weights, given)
-        model = build_model(config, weights)
-        transport = create_transport(**_transport_config(weights, given))
-    except damaged as error:
-        raise ValueError(f"{weights.path}: its configuration is damaged: {one_line(error)}") from error
+    config, model, transport = _build(weights, given)
     downsampling, channels = autoencoders.geometry(vae, model.in_channels)
     image_size = model.input_size * downsampling
     if weights.config.get("project") and latents.get("image_size", image_size) != image_size:
@@ -100,11 +97,63 @@ def load_pipeline(ckpt, device, guided_channels=None, vae_precision="fp32", ema=
     guided_channels = None if guided_channels == "all" else guided_channels
     scaling = latents.get("scale"), latents.get("shift")
     space = autoencoders.open_space(vae, device, autoencoders.PRECISIONS[vae_precision], *scaling)
-    model = model.to_empty(device=device)  # memory is taken for what fits
-    model.load_state_dict(weights.state_dict)
-    names = class_names(weights.config)
-    model = model.eval().requires_grad_(False)
-    return Pipeline(model, transport, space, device, guided_channels, config, class_names=names)
+    model, names = _filled(model, weights, device), class_names(weights.config)
+    pipeline = Pipeline(model, transport, space, device, guided_channels, config, class_names=names)
+    if guide_ckpt is not None:
+        pipeline.guide = _load_guide(pipeline, guide_ckpt, guide_ema, given)
+    return pipeline
+
+
+def _load_guide(pipeline, ckpt, ema, given):
+    """Return the `Pipeline` of a checkpoint that can guide another; what it does not say is taken to be as there."""
+    weights, path_type = _read(ckpt, ema), type(pipeline.transport.path).__name__.removesuffix("Path")
+    known, latents = (weights.config.get(part, {}) for part in ("transport", "latents"))
+    trained = {"path_type": path_type, "prediction": pipeline.transport.prediction}
+    assumed = {key: value for key, value in trained.items() if key not in known}
+    if distributed.rank() == 0:
+        more = [f"{weights.path} does not say how it was trained; assumed: as the model"] if assumed else []
+        for note in [*weights.notes, *more]:
+            print(note, flush=True)
+    if not weights.own:
+        embeddings = weights.state_dict.get("y_embedder.embedding_table.weight", ())
+        counts = {"num_classes": len(embeddings)} if len(embeddings) == pipeline.model.num_classes else {}
+        assumed |= counts | {key: given[key] for key in ("num_heads",) if key in given}
+    config, model, transport = _build(weights, assumed)
+    guide = dataclasses.replace(pipeline, model=model, transport=transport, model_config=config)
+    vae, space = latents.get("vae", autoencoders.UNKNOWN_VAE), pipeline.space.name
+    pairs = [
+        ("latent shape", guide.latent_shape, pipeline.latent_shape),
+        ("number of classes", model.num_classes, pipeline.model.num_classes),
+        ("path", type(transport.path).__name__.removesuffix("Path"), path_type),
+        ("VAE", space if vae == autoencoders.UNKNOWN_VAE else autoencoders.full_name(vae), space),
+    ]
+    for name, its, ours in pairs:
+        if its != ours:
+            raise ValueError(f"--guide-ckpt {ckpt} cannot guide this model: its {name} is {its}, the model's {ours}")
+    _filled(model, weights, pipeline.device)
+    return guide
+
+
+def _read(ckpt, ema):
+    """Return the weights that `ckpt` names. Rank 0 says that it loads them."""
+    if distributed.rank() == 0:
+        print(f"loading {ckpt}", flush=True)
+    return load_weights(hub.resolve(ckpt), ema)
+
+
+def _build(weights, given):
+    """Return (arguments of SiT, the SiT on the meta device, its transport). Raise ValueError if weights do not fit."""
+    try:
+        config = _model_config(weights, given)
+        return config, build_model(config, weights), create_transport(**_transport_config(weights, given))
+    except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{weights.path}: its configuration is damaged: {one_line(error)}") from error
+
+
+def _filled(model, weights, device):
+    """Give a model on the meta device memory and its weights, in place, and return it in evaluation mode."""
+    model.to_empty(device=device).load_state_dict(weights.state_dict)
+    return model.eval().requires_grad_(False)
 
 
 def _model_config(weights, given):

@@ -14,17 +14,22 @@ def to_uint8(images):
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def check_grid_output(path):
-    """Raise ValueError if a grid and its .json cannot be written to `path`, which --output named."""
+def check_grid_output(path, inputs=()):
+    """Raise ValueError if a grid and its .json cannot be written to `path`, which --output named, or are `inputs`."""
     if path.suffix != ".png":
         raise ValueError(f"--output {path} must end in .png")
     for file in (path, path.with_suffix(".json")):
-        files.check_output("--output", file)
+        files.check_output("--output", file, inputs)
 
 
-def save_grid(images, path, columns, min_side=64):
-    """Write uint8 images (N, H, W, C) as a grid to a .png, each enlarged by whole pixels to `min_side` or more."""
+def grid_image(images, columns, min_side=64):
+    """Return a picture of uint8 images (N, H, W, C) as a grid, each enlarged by whole pixels to `min_side` or more."""
     factor = math.ceil(min_side / images.shape[1])
     enlarged = images.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(0, 3, 1, 2)
     grid = make_grid(enlarged, nrow=columns, padding=2, pad_value=255)  # repeats a grey channel three times
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, format="png")
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+def save_grid(images, path, columns, min_side=64):
+    """Write the picture of `grid_image` to a .png."""
+    grid_image(images, columns, min_side).save(path, format="png")

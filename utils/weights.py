@@ -102,7 +102,7 @@ def _refuse_ema(ema, path):
     """Raise ValueError that a file or folder has not the EMA that was asked for by another name than the default."""
     if ema != "ema":
         emas = ", ".join(sorted(file.stem for file in path.glob("*.pt"))) or "none to choose from"
-        raise ValueError(f"--ema {ema}: {path} has no such EMA; it has {emas}")
+        raise ValueError(f"EMA {ema}: {path} has no such EMA; it has {emas}")
 
 
 def _only_file(folder, ema):

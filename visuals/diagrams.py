@@ -12,18 +12,20 @@ import pathlib
 import numpy as np
 import torch
 from matplotlib import pyplot
-from torch.nn.functional import pad
 
-from sampling.draw import ImageNoise, SampleSettings
-from sampling.guidance import Network
+from sampling.draw import SampleSettings, generate
 from sampling.pipeline import load_pipeline
+from sampling.trajectory import Record, draw_strips
 from transport import PATHS
 from utils.command_line import Parser, user_errors
 
 FOLDER = pathlib.Path(__file__).parent
 CLASSES, CFG_SCALE = (2, 3, 5), 1.5
-SOLVERS = {"ODE": dict(sampling_method="heun2", num_steps=101), "SDE": dict(diffusion_form="sigma", num_steps=97)}
-SHOWN = (*range(0, 97, 12), -1)  # indices of the states of both solvers, at t = 0, 0.01 ... 0.96 and 1
+# Settings, and the indices of the evaluations that are shown, at t = 0, 0.12 ... 0.96.
+SOLVERS = {
+    "ODE": (dict(sampling_method="heun2", num_steps=101), range(0, 193, 24)),
+    "SDE": (dict(sampling_method="Euler", diffusion_form="sigma", num_steps=97), range(0, 97, 12)),
+}
 
 
 def loss_over_time(run):
@@ -52,42 +54,15 @@ def draw_paths(paths, losses):
     figure.savefig(FOLDER / "paths.png", dpi=110)
 
 
-@torch.no_grad()
-def trajectory(pipeline, mode):
-    """Return (times, images (2, S, N, H, W)): x_t of each class, and the data that the model predicts from it."""
-    settings = SampleSettings(mode, SOLVERS[mode] | {"trajectory": True}, CFG_SCALE)
-    rule, network, transport = settings.rule(channels=None), Network(pipeline), pipeline.transport
-    y, noise = torch.tensor(CLASSES), ImageNoise(settings.seed, CLASSES, pipeline.device)
-
-    def model(x, t):
-        return rule(network, x, t[:1], y)
-
-    def predicted_data(x, t):
-        t = torch.tensor([t])
-        velocity = transport.velocity(model(x, t), x, t)
-        return (transport.path.sigma(t) * velocity - transport.path.d_sigma(t) * x) / transport.path.wronskian(t)
-
-    x0, sample = noise.draw(pipeline.latent_shape), settings.sampler(transport, noise)
-    states, times = sample(x0, model)[list(SHOWN)], [i / 100 for i in SHOWN[:-1]]
-    predicted = [predicted_data(x, t) for x, t in zip(states[:-1], times, strict=True)]
-    return [*times, 1.0], torch.stack([states, torch.stack([*predicted, states[-1]])])[:, :, :, 0].cpu()
-
-
 def draw_trajectories(pipeline):
     """Draw visuals/trajectories.png: an ODE and an SDE side by side, two rows for each class."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 3.7), layout="constrained", facecolor="white", sharey=True)
-    for ax, mode in zip(axes, SOLVERS, strict=True):
-        times, images = trajectory(pipeline, mode)
-        tiles = pad(images.clamp(-1, 1), (0, 1, 0, 1), value=1.0).permute(2, 0, 3, 1, 4)  # (N, 2, H + 1, S, W + 1)
-        side = tiles.shape[-1]
-        mosaic = pad(tiles.flatten(3).flatten(1, 2), (0, 0, 0, 2), value=1.0)  # (N, 2 (H + 1) + 2, S (W + 1))
-        ax.imshow(mosaic.flatten(0, 1)[:-2], cmap="gray", vmin=-1, vmax=1)
-        centres = side * np.arange(len(times)) + side / 2 - 1
-        rows = [n * mosaic.shape[1] + side * (k + 0.5) - 1 for n in range(len(CLASSES)) for k in range(2)]
-        ax.set(title=mode, xlabel="t (0: noise, 1: data)", xticks=centres, xticklabels=[f"{t:g}" for t in times])
-        ax.set(yticks=rows, yticklabels=["$x_t$", "predicted $x_1$"] * len(CLASSES))
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
+    for ax, (mode, (solver, shown)) in zip(axes, SOLVERS.items(), strict=True):
+        record, labels = Record(pipeline.transport, most=max(CLASSES) + 1), range(max(CLASSES) + 1)
+        images, _ = generate(pipeline, labels, SampleSettings(mode, solver, CFG_SCALE), record=record)
+        times, pictures = record.strips(pipeline, images, shown)
+        draw_strips(ax, [f"{t:.2g}" for t in (*times, 1)], pictures[:, :, list(CLASSES)])
+        ax.set_title(mode)
     figure.savefig(FOLDER / "trajectories.png", dpi=110)
 
 
