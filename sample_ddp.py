@@ -14,13 +14,12 @@ import pathlib
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from evaluation.images import ImageBatches
 from sampling import flags
-from sampling.draw import decode, describe, draw, draw_labels, resolve_settings, summary
+from sampling.draw import describe, draw_labels, resolve_settings, summary
 from sampling.pipeline import load_pipeline
-from sampling.shards import Shards, background
+from sampling.shards import Shards, draw_missing
 from utils import distributed
 from utils.command_line import Parser, flag_group, flag_name, given, integer, one_of, path, user_errors
 from utils.files import named
@@ -36,7 +35,7 @@ PROTOCOLS = {
     "paper-ode-cfg": (ODE_PROTOCOL | {"cfg_scale": 1.5}, "2.15, 4.60, 258.09, 0.81, 0.60"),
     "paper-sde-cfg": (SDE_PROTOCOL | {"cfg_scale": 1.5}, "2.06, 4.49, 277.50, 0.83, 0.59"),
 }
-NOT_IN_PROTOCOLS = ("time_shift", "cfg_interval")
+NOT_IN_PROTOCOLS = ("time_grid", "time_shift", "cfg_interval", *flags.GUIDE_FLAGS)
 PAPER_MODEL = dict(hidden_size=1152, depth=28, patch_size=2, input_size=32, in_channels=4, num_classes=1000)
 PAPER_COUNT = 50_000
 
@@ -69,13 +68,14 @@ def main():
         mode, solver = flags.solver_settings(args.mode, given(args, flags.SOLVER_FLAGS))
         device = distributed.init()
         precision = resolve_precision(args.precision, device, on_gpu="tf32")
-        weights = given(args, flags.WEIGHTS_FLAGS)
+        weights = given(args, flags.WEIGHTS_FLAGS + flags.GUIDE_FLAGS)
         pipeline = load_pipeline(args.ckpt, device, args.guided_channels, args.vae_precision, **weights)
         settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.global_seed)
         if distributed.rank() == 0:
             given_for = mode, solver, settings.cfg_scale, pipeline.space.in_pixels
             more = [(args.output is not None, ("sample_dir",), "beside --output")]
-            for line in flags.without_effect(parser.changed, *given_for, more):
+            notes = flags.grid_notes(args.time_grid, describe(pipeline, settings))
+            for line in [*flags.without_effect(parser.changed, *given_for, more), *notes]:
                 print(line, flush=True)
         count, digests = args.num_fid_samples, pipeline.digests()
         pipeline.speed_up(precision, args.compile)
@@ -83,6 +83,7 @@ def main():
         identity |= dict(balanced_labels=args.balanced_labels, num_fid_samples=count)
         ckpt = args.ckpt or f"{args.model or 'SiT-XL/2'}-{args.image_size or 256}".replace("/", "-")
         solver_text = f"{mode}-{solver['sampling_method']}-{solver['num_steps']}-cfg-{settings.cfg_scale:g}"
+        solver_text += f"-by-{pathlib.Path(args.guide_ckpt).name}" if args.guide_ckpt else ""
         name = f"{pathlib.Path(ckpt).name or 'model'}-{solver_text}-seed-{args.global_seed}-{count}.npz"
         output = args.output or args.sample_dir / name
         shards = Shards(output, count, pipeline.image_shape)
@@ -101,7 +102,7 @@ def main():
         total = draw_missing(shards, pipeline, labels, settings, args.per_proc_batch_size, args.save_png)
         distributed.barrier()
         seconds = time.perf_counter() - start
-        identity |= {"ckpt": args.ckpt, "vae_name": pipeline.space.name}
+        identity |= {"ckpt": args.ckpt, "vae_name": pipeline.space.name} | given(args, flags.GUIDE_FLAGS)
         description = distributed.on_rank_zero(shards.finish, labels, identity)
     if distributed.rank() == 0:
         print(summary(description))
@@ -110,30 +111,6 @@ def main():
         print(f"{total} images in {seconds:.1f} s, {total / seconds:.2f} images/s")
         print(output)
     distributed.shutdown()
-
-
-def draw_missing(shards, pipeline, labels, settings, batch_size, save_png):
-    """Draw this rank's share of the missing images, and write them as shards. Return the number that all ranks draw."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    missing = distributed.on_rank_zero(shards.missing, settings.group_size(batch_size))
-    total = sum(end - begin for begin, end in missing)
-    with (
-        tqdm(total=total, unit=" images", disable=None if rank == 0 else True) as bar,
-        background(pipeline.device) as submit,
-    ):
-
-        def finish(drawn, begin, counts):
-            if not drawn.isfinite().all():
-                raise ValueError(f"the network's output is not finite for images {begin} to {begin + len(drawn) - 1}")
-            images = decode(pipeline, drawn, batch_size).numpy()
-            shards.write(images, begin, counts, save_png)
-            bar.update(min(len(images) * world_size, total - bar.n))  # the other ranks have drawn about as many
-
-        for begin, end in missing[rank::world_size]:
-            how = dict(first_index=begin, batch_size=batch_size, show_progress=False)
-            drawn, counts = draw(pipeline, labels[begin:end].tolist(), settings, **how)
-            submit(finish, drawn, begin, counts)
-    return total
 
 
 def write_existing_pngs(shards, complete):

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
 from utils.files import one_line
+from utils.grids import to_uint8
 
 PATIENCE = 1000  # examples that are tried in place of a bad one
 MOST_FILE_PIXELS = 1_000_000_000  # of an image file, 4 GB once decoded; PIL alone refuses more than 179 million
@@ -138,3 +139,10 @@ class ImageDataset(Dataset):
         pixels = np.asarray(image, dtype=np.float32).reshape(self.image_size, self.image_size, -1)  # (H, W, C)
         pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1)) / 127.5 - 1  # (C, H, W)
         return {"images": torch.from_numpy(pixels), "y": label, "problems": []}
+
+
+def small_images(source, image_size, channels, num_classes, most):
+    """Yield up to `most` images of a `Source`, cropped as for training, as uint8 arrays (1, H, W, C)."""
+    dataset = ImageDataset(source, image_size, channels, num_classes)
+    for i in range(min(len(dataset), most)):
+        yield to_uint8(dataset[i, False]["images"][None]).numpy()

@@ -14,12 +14,15 @@ import zipfile
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from utils import files
+from sampling.draw import NotFinite, decode, draw
+from utils import distributed, files
 
 # Indices of the first image and of the one behind the last; NFE and forward passes per image.
 SHARD = re.compile(r"(\d+)-(\d+)\.calls-(\d+)-(\d+)\.npy")
 ADVICE = "give another --output"
+OPTIONAL = ("time_grid", "guidance", "guide")  # keys of `describe` that are absent where the option is not in use
 
 
 class Shards:
@@ -33,12 +36,12 @@ class Shards:
         self.description = output.with_name(output.name + ".json")
         self.pngs = output.with_suffix(".pngs")
 
-    def prepare(self, identity, save_png):
-        """Lock the folder of shards, unless the output is complete. Return whether it is.
+    def prepare(self, identity, save_png=False, locks=True):
+        """Make and lock the folder of shards, unless the output is complete. Return whether it is.
 
-        `identity` is plain data that decides the images. Raise ValueError if the shards were made with another identity
-        or by another script, another process draws them, or the folder cannot be written to. An output that was
-        damaged since is named, and drawn again."""
+        Without `locks`, the caller has locked a folder around it. `identity` is plain data that decides the images.
+        Raise ValueError if the shards were made with another identity or by another script, another process draws
+        them, or the folder cannot be written to. An output that was damaged since is named, and drawn again."""
         if self.output.suffix != ".npz":
             raise ValueError(f"--output {self.output} must end in .npz")
         with files.named(f"--output {self.output}"):
@@ -46,13 +49,16 @@ class Shards:
             if not complete:
                 if self.description.is_dir():
                     raise ValueError(f"{self.description} is a folder")
-                files.lock(self.folder, f"another process is drawing {self.output}; wait for it, or {ADVICE}")
+                if locks:
+                    files.lock(self.folder, f"another process is drawing {self.output}; wait for it, or {ADVICE}")
+                self.folder.mkdir(parents=True, exist_ok=True)
                 complete = self._is_complete(identity)  # the process that held the lock may have completed it
             if not complete:
                 settings = self.folder / "settings.json"
                 if save_png and not settings.exists() and self.pngs.is_dir() and any(self.pngs.iterdir()):
                     raise ValueError(f"{self.pngs} is not empty; {ADVICE}")
                 files.keep_settings(settings, identity, ADVICE, "sample_ddp.py")
+                files.check_same_settings(settings, dict.fromkeys(OPTIONAL) | identity, ADVICE)
             if save_png:
                 self.pngs.mkdir(exist_ok=True)
             return complete
@@ -63,7 +69,7 @@ class Shards:
         if not self.description.is_file():
             problem = f"{self.output} exists, but {self.description.name}, which says how it was made, does not"
             raise ValueError(f"{problem}; put it back or {ADVICE}")
-        files.check_same_settings(self.description, identity, ADVICE)
+        files.check_same_settings(self.description, dict.fromkeys(OPTIONAL) | identity, ADVICE)
         try:
             check_npz(self.output, {"arr_0": (self.count, *self.image_shape), "arr_1": (self.count,)})
         except ValueError as error:
@@ -134,6 +140,37 @@ class Shards:
                 files.write_json(self.description, description)
             shutil.rmtree(self.folder, ignore_errors=True)
         return description
+
+    def remove(self):
+        """Remove the output and all that lies beside it, apart from PNGs."""
+        for path in (self.folder, self.output, self.description):
+            files.remove(path)
+
+
+def draw_missing(shards, pipeline, labels, settings, batch_size, save_png=False):
+    """Draw this rank's share of the missing images, and write them as shards. Return the number that all ranks draw.
+
+    Raise NotFinite if the network's output is not finite."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    missing = distributed.on_rank_zero(shards.missing, settings.group_size(batch_size))
+    total = sum(end - begin for begin, end in missing)
+    with (
+        tqdm(total=total, unit=" images", disable=None if rank == 0 else True) as bar,
+        background(pipeline.device) as submit,
+    ):
+
+        def finish(drawn, begin, counts):
+            if not drawn.isfinite().all():
+                raise NotFinite(f"the network's output is not finite for images {begin} to {begin + len(drawn) - 1}")
+            images = decode(pipeline, drawn, batch_size).numpy()
+            shards.write(images, begin, counts, save_png)
+            bar.update(min(len(images) * world_size, total - bar.n))  # the other ranks have drawn about as many
+
+        for begin, end in missing[rank::world_size]:
+            how = dict(first_index=begin, batch_size=batch_size, show_progress=False)
+            drawn, counts = draw(pipeline, labels[begin:end].tolist(), settings, **how)
+            submit(finish, drawn, begin, counts)
+    return total
 
 
 def check_npz(path, shapes):

@@ -248,7 +248,7 @@ def test_numbers_that_make_no_sense_are_named_with_their_flag(arguments, message
     assert message in fail("train", arguments, capsys, monkeypatch)
 
 
-ALL_SCRIPTS = ("train", "sample", "sample_ddp", "extract_latents", "evaluate", "likelihood", "demo")
+ALL_SCRIPTS = ("train", "sample", "sample_ddp", "extract_latents", "evaluate", "likelihood", "demo", "sweep")
 
 
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
