@@ -9,6 +9,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, while packages load, too, ends without a traceback
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import platform
@@ -17,27 +18,26 @@ import sys
 import torch
 from tqdm import tqdm
 
-from data.images import ImageDataset
+from data.images import small_images
 from data.loader import GlobalBatchSampler
 from data.sources import DATA_FLAGS, Source, add_data_flags
 from evaluation.images import ImageBatches
 from evaluation.metrics import MOST_PIXELS, MOST_REFERENCES, Monitor
 from models import SiT_models
 from sampling.draw import NotFinite, SampleSettings, draw_labels, generate
-from sampling.flags import ODE_DEFAULTS, add_transport_flags
+from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS, add_transport_flags
 from sampling.guidance import resolve_cfg_scale
 from sampling.pipeline import Pipeline, default_labels
 from training import log, losses, resume, setup
 from training.step import EMA, Trainer, batches_on_device, check_emas, draw_randomness, learning_rate
-from transport import create_transport, logit_normal
+from transport import ODE_METHODS, SDE_METHODS, create_transport, logit_normal
 from utils import checkpoint, command_line, distributed
 from utils.command_line import Parser, flag_group, given, integer, location, number, one_of, path, plain
-from utils.grids import to_uint8
 from utils.precision import DTYPES, resolve_precision
 from utils.weights import TRANSPORT_KEYS
 
-# How samples are drawn during training. The steps are fixed: with FSDP all ranks must make as many evaluations.
-SOLVER = ODE_DEFAULTS | {"sampling_method": "heun2", "num_steps": 26}
+# That may draw samples during training. Their steps are fixed: with FSDP all ranks must make as many evaluations.
+SOLVERS = [name for name, (_, nfe_per_step) in (ODE_METHODS | SDE_METHODS).items() if nfe_per_step is not None]
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
 YES_OR_NO = argparse.BooleanOptionalAction
 
@@ -120,6 +120,9 @@ def add_run_flags(parser):
     add("--cfg-scale", number(), "S", "guidance scale of those grids (default: 4, or 1 without a null class)")
     add("--eval-every", integer(0), "STEPS", "steps between FIDs of EMA samples without guidance; 0: none", default=0)
     add("--eval-samples", integer(2), "N", "samples for it, over all ranks", default=5000)
+    solvers = f"solver of grids and FIDs: {', '.join(SOLVERS)}"
+    add("--eval-sampling-method", one_of(*SOLVERS), "METHOD", solvers, default="heun2")
+    add("--eval-num-sampling-steps", integer(2), "N", "its time points, both ends included", default=26)
     add("--eval-reference", path, "PATH", "as for evaluate.py (default: the training images, if they are small)")
     add("--inception-weights", path, "FILE.pth", "see evaluate.py (default: download them once)")
     add("--tensorboard", None, None, "log to TensorBoard, too, in the run's folder")
@@ -154,7 +157,7 @@ def main(loss_builders=(), extra_emas=()):
         model = setup.build_model(config)
         emas = check_emas([EMA("ema", args.ema_decay, args.ema_warmup), *extra_emas])
         parallel, mesh = setup.resolve_parallel(args.parallel, args.fsdp_shard_size, model, device)
-        cfg_scale = resolve_cfg_scale(args.cfg_scale, model)
+        settings = draw_settings(flags, transport, model)
         length = args.max_steps, args.epochs, args.global_batch_size, source
         text = f"steps of {args.global_batch_size} images = micro-batch {micro_batch_size} x {world_size} ranks"
         text = f"{text} x {accumulation} gradient accumulation steps; {parallel}, {precision} on {device.type}"
@@ -272,10 +275,10 @@ def main(loss_builders=(), extra_emas=()):
             if args.sample_every and done % args.sample_every == 0:
                 # With FSDP no rank has the whole model, so all of them draw.
                 if rank == 0 or parallel == "fsdp":
-                    run_log.grid(*draw_grid(ema_pipeline, cfg_scale, args.global_seed), done)
+                    run_log.grid(*draw_grid(ema_pipeline, settings), done)
                 distributed.barrier()
             if args.eval_every and done % args.eval_every == 0:
-                run_log.evaluation(done, monitor.metrics(draw_share(ema_pipeline, args.eval_samples, args.global_seed)))
+                run_log.evaluation(done, monitor.metrics(draw_share(ema_pipeline, settings, args.eval_samples)))
         if stop.stopping:
             break
 
@@ -288,12 +291,22 @@ def main(loss_builders=(), extra_emas=()):
     sys.exit(resume.EXIT_DIVERGED if finite.diverged else int(failed) or resume.EXIT_STOPPED * stop.stopping)
 
 
-def draw_grid(pipeline, cfg_scale, seed):
+def draw_settings(flags, transport, model):
+    """Return the `SampleSettings` of grids of samples, by flags {key: value}. Raise ValueError if they do not fit."""
+    method = flags["eval_sampling_method"]
+    mode, solver = ("ODE", ODE_DEFAULTS) if method in ODE_METHODS else ("SDE", SDE_DEFAULTS)
+    solver = solver | {"sampling_method": method, "num_steps": flags["eval_num_sampling_steps"]}
+    settings = SampleSettings(mode, solver, resolve_cfg_scale(flags["cfg_scale"], model), seed=flags["global_seed"])
+    if flags["sample_every"] or flags["eval_every"]:
+        settings.sampler(transport)
+    return settings
+
+
+def draw_grid(pipeline, settings):
     """Return (samples as uint8 (N, H, W, C), columns), from the same noise and classes each time.
 
     The samples are None if they are not finite."""
     labels = default_labels(pipeline.model.num_classes)
-    settings = SampleSettings("ODE", SOLVER, cfg_scale, seed=seed)
     try:
         images, _ = generate(pipeline, labels * 2, settings, show_progress=False)
     except NotFinite:
@@ -301,16 +314,16 @@ def draw_grid(pipeline, cfg_scale, seed):
     return images, len(labels)
 
 
-def draw_share(pipeline, count, seed):
-    """Return this rank's share of `count` samples as uint8 (N, H, W, C); all ranks make as many evaluations.
+def draw_share(pipeline, settings, count):
+    """Return this rank's share of `count` samples without guidance as uint8 (N, H, W, C).
 
-    Return None on all ranks if samples of any are not finite."""
-    labels = draw_labels(count, pipeline.model.num_classes, seed, balanced=False)
+    All ranks make as many evaluations of the network. Return None on all ranks if samples of any are not finite."""
+    labels = draw_labels(count, pipeline.model.num_classes, settings.seed, balanced=False)
     share = math.ceil(count / distributed.world_size())
     first = distributed.rank() * share
     mine = labels[first : first + share].tolist()
     padded = mine + [0] * (share - len(mine))
-    settings = SampleSettings("ODE", SOLVER, seed=seed)
+    settings = dataclasses.replace(settings, cfg_scale=1.0)
     try:
         images, _ = generate(pipeline, padded, settings, first_index=first, show_progress=False)
     except NotFinite:
@@ -329,9 +342,7 @@ def open_monitor(config, source, reference, weights, device, eval_every):
     if reference is not None:
         reference = ImageBatches(reference, may_be_statistics=True)
     elif isinstance(source, Source) and not source.streamed and math.prod(shape) <= MOST_PIXELS:
-        dataset = ImageDataset(source, size, shape[2], config["model"]["num_classes"])
-        some = range(min(len(dataset), MOST_REFERENCES))
-        reference = (to_uint8(dataset[i, False]["images"][None]).numpy() for i in some)
+        reference = small_images(source, size, shape[2], config["model"]["num_classes"], MOST_REFERENCES)
     else:
         raise ValueError("--eval-every needs --eval-reference: the training data are no small images")
     return Monitor(reference, shape, weights, device)

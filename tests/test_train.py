@@ -16,12 +16,12 @@ from PIL import Image
 from processes import run, torchrun
 from test_data import bad_folder, write_images
 
-import train
 from data.images import ImageDataset
 from data.sources import open_source
 from evaluation import metrics
 from models import SiT
 from sampling.draw import SampleSettings, draw_labels, generate
+from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS
 from sampling.pipeline import load_pipeline
 from training.log import LeftOut, Meter, Metrics, RunLog, TensorBoard
 from training.losses import AuxiliaryLoss, build_losses
@@ -308,10 +308,14 @@ def test_the_loss_by_time_is_a_part_of_the_loss(tmp_path):
     assert line["memory_gib"] > 0 and line["mfu"] is None
 
 
-@pytest.mark.parametrize("processes, parallel", [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
-def test_samples_are_evaluated_during_training_by_all_ranks(processes, parallel, tmp_path):
+@pytest.mark.parametrize(
+    "processes, parallel, method, num_steps",
+    [(1, "ddp", None, 26), (2, "ddp", "unipc", 9), (2, "fsdp", "dpmpp_2m_sde", 9)],
+)
+def test_samples_are_evaluated_during_training_by_all_ranks(processes, parallel, method, num_steps, tmp_path):
     """An untrained model draws nearly noise: far from the digits, and as far for any number of ranks."""
     flags = ["--eval-every", 2, "--eval-samples", 101, "--max-steps", 4, "--parallel", parallel]
+    flags += ["--eval-sampling-method", method, "--eval-num-sampling-steps", num_steps] if method else []
     result = run("train.py", *TINY, *flags, "--output-dir", tmp_path, processes=processes)
     assert result.returncode == 0, result.stderr
     evaluations = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
@@ -321,7 +325,9 @@ def test_samples_are_evaluated_during_training_by_all_ranks(processes, parallel,
     pixels = to_uint8(real).flatten(1).numpy() / 255
     pipeline = load_pipeline(tmp_path, torch.device("cpu"))
     labels = draw_labels(101, 10, 0, balanced=False).tolist()
-    images, _ = generate(pipeline, labels, SampleSettings("ODE", train.SOLVER))
+    mode, solver = ("SDE", SDE_DEFAULTS) if method == "dpmpp_2m_sde" else ("ODE", ODE_DEFAULTS)
+    solver = solver | dict(sampling_method=method or "heun2", num_steps=num_steps)
+    images, _ = generate(pipeline, labels, SampleSettings(mode, solver))
     rows = images.flatten(1).numpy() / 255
     expected = metrics.frechet_distance(*metrics.moments(rows), *metrics.moments(pixels))
     assert evaluations[-1]["fd_pixels"] == pytest.approx(expected, rel=1e-3) and expected > 1

@@ -38,6 +38,7 @@ TRAIN = {
     "--keep-every 5": "--keep-every",
     "--sample-every 0 --cfg-scale 7": "--cfg-scale",
     "--eval-samples 100": "--eval-samples",
+    "--sample-every 0 --eval-sampling-method unipc": "--eval-sampling-method",
     "--eval-every 5 --inception-weights w.pth": "--inception-weights",
     "--vae-precision bf16": "--vae-precision",
     "--image-key img --label-key fine_label": "--image-key --label-key",
@@ -50,6 +51,7 @@ USEFUL = [
     "--keep-checkpoints 2 --keep-every 5",
     "--cfg-scale 7",
     "--eval-every 5 --eval-samples 100",
+    "--eval-num-sampling-steps 11",
     "--eval-samples 5000 --logit-normal-mean 0",  # the defaults, which mislead nobody
     "--dry-run --parallel fsdp",
 ]

@@ -246,6 +246,7 @@ def flags_without_effect(changed, flags, config, source, most_pixels):
         (flags["keep_checkpoints"] is None, ("keep_every",), "without --keep-checkpoints: all are kept"),
         (not flags["sample_every"], ("cfg_scale",), "without --sample-every"),
         (not flags["eval_every"], ("eval_samples",), "without --eval-every"),
+        (not decodes, ("eval_sampling_method", "eval_num_sampling_steps"), "without --sample-every and --eval-every"),
         (is_small, ("inception_weights",), "on images this small, whose pixels are compared"),
         (in_pixels, ("vae_precision",), "with --vae none"),
         (not isinstance(source, Source) and not decodes, ("vae_precision",), "where no latents are decoded"),
