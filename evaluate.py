@@ -45,7 +45,7 @@ def check_flags(features, flags_of_features, outputs, inputs):
         raise ValueError(f"{flag_name(key)} has no effect with --features {features}")
     for key, output in outputs.items():
         files.check_output(flag_name(key), output, inputs)
-    if len(set(outputs.values())) < len(outputs):
+    if len({output.resolve() for output in outputs.values()}) < len(outputs):
         raise ValueError(f"{' and '.join(map(flag_name, outputs))} are one file")
     statistics = outputs.get("save_statistics")
     if statistics is not None and statistics.suffix != ".npz":
@@ -57,7 +57,7 @@ def open_images(location, may_be_statistics):
     images = ImageBatches(location, may_be_statistics)
     for line in images.notes:
         print(line, flush=True)
-    if len(images) < 2 and not images.statistics:
+    if len(images) == 1 or not (len(images) or images.statistics):
         raise ValueError(f"{images.path}: a covariance needs two images or more, not {len(images)}")
     return images
 
@@ -66,7 +66,8 @@ def report(results, num_samples, num_references):
     """Print metrics, of how many images they are, and why they are not comparable with published ones."""
     for key, value in results.items():
         if value is None or isinstance(value, float):
-            print(f"{key:16} {'needs images in the reference' if value is None else f'{value:.4f}'}")
+            digits = ".4f" if value is None or abs(value) >= 0.01 else ".3g"  # a good KID is below 0.001
+            print(f"{key:16} {'needs images in the reference' if value is None else format(value, digits)}")
     print(f"{num_samples} samples; {num_references or 'statistics, no'} reference images")
     if results["caveats"]:
         print(f"not comparable with published metrics: {'; '.join(results['caveats'])}")

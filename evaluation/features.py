@@ -2,11 +2,12 @@
 
 A class of features has `metric` and `kernel_metric`, the names of its Fréchet and kernel distance (or None); `kind`,
 which marks its statistics on disk; `sizes`, the lengths of its sets of features; `axes`, how many axes of images
-(H, W, C) must be as those of the reference; and `sha256` of its weights, or None, and `comparability`. Called with
+(H, W, C) must be as those of the reference; `sha256` of its weights, or None; and `comparability`. Called with
 uint8 images (N, H, W, C), it returns its sets, tensors (N, size), and logits (N, K) or None. Weights are loaded when
 first used: raise ValueError if they are missing or do not fit."""
 
 import functools
+import hashlib
 import io
 import math
 
@@ -123,15 +124,17 @@ class ViT:
     """The class token behind the last norm of a ViT of timm; of DINOv2's ViT-L/14, for FD-DINOv2 (Stein et al. 2023).
 
     As in the authors' dgm-eval: images are resized to 224 x 224 by PIL (bicubic, antialiased, rounded to uint8), and
-    position embeddings as in Meta's own code (see `resample_positions`), not as in timm. `weights` is a file of timm,
-    or of Meta's networks without registers, .safetensors or .pth; None is timm's on the hub. Raise ValueError if `name`
-    is no ViT with a class token."""
+    position embeddings as in Meta's own code (see `resample_positions`). `weights` is a file of timm, or of Meta's
+    networks without registers, .safetensors or .pth; None is timm's on the hub. `sha256` is of the tensors, whichever
+    kind of file they are in, and marks the statistics. Raise ValueError if `name` is no ViT with a class token."""
 
     metric, kernel_metric, axes = "fd_dinov2", "kd_dinov2", 2
 
     def __init__(self, name, weights, device):
-        self.name, self.weights, self.device = name or DINOV2, weights, device
-        self.kind = f"dinov2 {self.name}"
+        self.weights, self.device = weights, device
+        with files.named(f"--feature-model {name}", RuntimeError):
+            config = timm.models.get_pretrained_cfg(DINOV2 if name is None else name)
+        self.name = f"{config.architecture}.{config.tag}" if config and config.tag else name  # with its default tag
 
     @functools.cached_property
     def _loaded(self):
@@ -141,21 +144,30 @@ class ViT:
                 raise ValueError(f"{type(network).__name__} has no class token that is known")
         path = self.weights
         if path is None:
-            path = hub.resolve(f"{network.pretrained_cfg['hf_hub_id']}/model.safetensors")
+            if not (repository := network.pretrained_cfg.get("hf_hub_id")):
+                raise ValueError(f"timm has no weights of {self.name}: give --feature-weights")
+            path = hub.resolve(f"{repository}/model.safetensors")
         with files.named(f"{path} holds no weights of {self.name}", Exception):
             read = tensor_files.read_safetensors if path.suffix == ".safetensors" else tensor_files.read_pt
             # Meta's files have a token for masks beside the network's, and those of classifiers have a head.
-            tensors = {key: v for key, v in read(path).items() if key != "mask_token" and not key.startswith("head.")}
+            tensors = {key: v for key, v in read(path).items() if key != "mask_token" and not key.startswith("head")}
+            digest = hashlib.sha256()
+            for key in sorted(tensors):
+                digest.update(tensors[key].float().numpy())
             if "pos_embed" in tensors:
-                side = VIT_SIZE // network.patch_embed.patch_size[0]
-                tensors["pos_embed"] = resample_positions(tensors["pos_embed"], side)
+                grid, registers = network.patch_embed.grid_size, network.reg_token is not None
+                tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid[0], registers)
             tensor_files.check_fit(network.state_dict(), tensors, "it")
             network.load_state_dict(tensors)
-        return network.eval().to(self.device), files.sha256(path)
+        return network.eval().to(self.device), digest.hexdigest()
 
     @property
     def sha256(self):
         return self._loaded[1]
+
+    @property
+    def kind(self):
+        return f"dinov2 {self.name} {self.sha256[:8]}"
 
     @property
     def sizes(self):
@@ -183,16 +195,16 @@ class ViT:
         return {"feature_model": self.name, "caveats": caveats + _too_few(num_samples)}
 
 
-def resample_positions(embedding, side):
+def resample_positions(embedding, side, registers=False):
     """Return position embeddings (1, P + S * S, D) of P other tokens and S x S patches for side x side patches.
 
-    As the `dinov2_vitl14` of Meta's hub does: bicubic without antialiasing, on a grid (side + 0.1) / S as fine. timm
-    antialiases, and steps side / S. (For DINOv2 with registers, Meta's code does as timm.)"""
+    As the `dinov2_vitl14` of Meta's hub does: bicubic without antialiasing, on a grid (side + 0.1) / S as fine. With
+    `registers`, as its `dinov2_vitl14_reg` and timm do: antialiased, side / S."""
     old = math.isqrt(embedding.shape[1])
     if old == side:
         return embedding
     others, grid = embedding.split([embedding.shape[1] - old**2, old**2], dim=1)
     grid = grid.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, S, S)
-    scale = (side + 0.1) / old
-    grid = torch.nn.functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    how = dict(size=(side, side), antialias=True) if registers else dict(scale_factor=((side + 0.1) / old,) * 2)
+    grid = torch.nn.functional.interpolate(grid, mode="bicubic", **how)
     return torch.cat([others, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.folders import PassedOver, find_splits, walk_images
 from data.images import allow_large_images, to_pil
-from utils.files import named, read_npy_header, written_whole
+from utils.files import named, one_line, read_npy_header, written_whole
 
 GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N")  # of PIL
 INCEPTION, FEATURES_OF = "inception", "features_of"  # a file without this name holds statistics of Inception's features
@@ -73,11 +73,8 @@ class ImageBatches:
                     raise ValueError(f"the statistics {', '.join(sorted(missing))} are missing")
                 self.kind, shapes = INCEPTION, STATISTICS
                 if FEATURES_OF in names:
-                    size = content["mu"].size
-                    self.kind, shapes = (
-                        str(content[FEATURES_OF])[:100],
-                        STATISTICS | dict(mu=(size,), sigma=(size, size)),
-                    )
+                    self.kind, size = one_line(content[FEATURES_OF], 150), content["mu"].size
+                    shapes = STATISTICS | dict(mu=(size,), sigma=(size, size))
                 self.statistics = {name: _checked(name, content[name], shapes[name]) for name in wanted}
         if "arr_0" in names:
             with self._stream() as (shape, _):
@@ -105,11 +102,16 @@ class ImageBatches:
     def __len__(self):
         return self.shape[0]
 
-    def statistics_of(self, kind):
-        """Return the statistics of features of this kind, or {}. Raise ValueError if the file holds only others."""
-        if self.statistics and self.kind != kind and not len(self):
-            raise ValueError(f"{self.path} holds statistics of {self.kind}, not of {kind}, and no images")
-        return self.statistics if self.kind == kind else {}
+    def statistics_of(self, features):
+        """Return the statistics of `features`, or {}. Raise ValueError if there are only others, or sizes differ."""
+        if self.kind != features.kind:
+            if self.statistics and not len(self):
+                raise ValueError(f"{self.path} holds statistics of {self.kind}, not of {features.kind}, and no images")
+            return {}
+        sizes = tuple(map(len, self.statistics.values()))[::2]
+        if sizes != features.sizes[: len(sizes)]:
+            raise ValueError(f"{self.path} holds statistics of {sizes} features, not of {features.sizes}")
+        return self.statistics
 
     def batches(self, size):
         """Yield arrays (up to `size`, H, W, C). Raise ValueError if the file is damaged."""

@@ -142,11 +142,12 @@ class Collected(NamedTuple):
 
 
 def collect(features, images, batch_size, enough=math.inf):
-    """Return the `Collected` of the first `enough` images of `ImageBatches`, rounded up to batches.
+    """Return the `Collected` of the first `enough` images of `ImageBatches`; statistics are of whole batches.
 
-    Statistics are (mean, covariance) of each set of the `features`, one behind the other, as in STATISTICS. Pixels are
-    not kept as rows."""
-    count = math.ceil(min(enough, len(images)) / batch_size)
+    They are (mean, covariance) of each set of the `features`, one behind the other, as in STATISTICS. Pixels are not
+    kept as rows."""
+    enough = min(enough, len(images))
+    count = math.ceil(enough / batch_size)
     batches = itertools.islice(images.batches(batch_size), count)
     accumulated, kept = [Moments(size) for size in features.sizes], []
     for batch in tqdm(batches, total=count, unit=" batches", disable=None):
@@ -154,13 +155,13 @@ def collect(features, images, batch_size, enough=math.inf):
         for of_set, rows in zip(accumulated, sets, strict=True):
             of_set.add(rows.cpu())
         kept.append((sets[0] if features.kernel_metric else None, logits))
-    rows, logits = (None if parts[0] is None else torch.cat(parts) for parts in zip(*kept, strict=True))
+    rows, logits = (None if parts[0] is None else torch.cat(parts)[:enough] for parts in zip(*kept, strict=True))
     return Collected(rows, logits, sum((of_set.result() for of_set in accumulated), ()))
 
 
 def check_reference(features, samples, reference):
     """Raise ValueError unless `ImageBatches` to compare hold images of one size, or statistics of these features."""
-    reference.statistics_of(features.kind)
+    reference.statistics_of(features)
     size, other = samples.shape[1 : 1 + features.axes], reference.shape[1 : 1 + features.axes]
     if len(reference) and size != other:
         raise ValueError(f"{samples.path} holds images of {size}, and {reference.path} of {other}")
@@ -170,7 +171,7 @@ def pixel_metrics(features, samples, reference, batch_size):
     """Return {'fd_pixels', 'fd_pixels_floor', 'caveats'} of `Collected` samples and `ImageBatches`, by `Pixels`.
 
     Without reference images, the floor is None."""
-    y, floor = tuple(reference.statistics_of(features.kind).values()), None
+    y, floor = tuple(reference.statistics_of(features).values()), None
     if len(reference):
         of_reference, even, odd = (Moments(features.sizes[0]) for _ in range(3))
         for batch in reference.batches(batch_size):
@@ -178,7 +179,7 @@ def pixel_metrics(features, samples, reference, batch_size):
             of_reference.add(rows)
             even.add(rows[parity::2])
             odd.add(rows[1 - parity :: 2])
-        y, floor = of_reference.result(), frechet_distance(*even.result(), *odd.result())
+        y, floor = y or of_reference.result(), frechet_distance(*even.result(), *odd.result())
     results = {"fd_pixels": frechet_distance(*samples.statistics, *y), "fd_pixels_floor": floor}
     return results | features.comparability(None)
 
@@ -188,7 +189,7 @@ def network_metrics(features, samples, reference, batch_size):
 
     They are the Fréchet and the kernel distance and, with Inception, the other metrics of ADM's suite. Without
     reference images, the kernel distance, precision and recall are None, as is sFID with mu and sigma alone."""
-    x, y, real = samples.statistics, tuple(reference.statistics_of(features.kind).values()), None
+    x, y, real = samples.statistics, tuple(reference.statistics_of(features).values()), None
     if len(reference):
         enough = MOST_REFERENCES if len(y) == len(x) else math.inf
         real, _, statistics = collect(features, reference, batch_size, enough)
@@ -213,7 +214,7 @@ class Monitor:
         self.features = Pixels(image_shape) if math.prod(image_shape) <= MOST_PIXELS else Inception(weights, device)
         self.sha256 = self.features.sha256
         if isinstance(reference, ImageBatches):
-            if statistics := reference.statistics_of(self.features.kind):
+            if statistics := reference.statistics_of(self.features):
                 self.of_reference = statistics["mu"], statistics["sigma"]
                 return
             if reference.shape[1 : 1 + self.features.axes] != image_shape[: self.features.axes]:

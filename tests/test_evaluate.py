@@ -290,6 +290,7 @@ def write_odd_files(folder):
     np.savez(folder / "nan.npz", **whole_statistics | {"mu": np.full(2048, np.nan)})
     np.savez(folder / "fortran.npz", arr_0=np.asfortranarray(good))
     np.savez(folder / "one.npz", arr_0=good[:1])
+    np.savez(folder / "one-and-statistics.npz", arr_0=good[:1], mu=np.zeros(2048), sigma=np.eye(2048))
     np.save(folder / "array.npy", good)
     np.savez(folder / "pickled.npz", arr_0=np.array([{"a": 1}], dtype=object))
     (folder / "text.npz").write_text("no archive")
@@ -334,7 +335,8 @@ def test_mistakes_in_evaluation(tmp_path, monkeypatch, capsys):
     for name in ("text.npz", "cut.npz", "flipped.npz", "packed.npz", "header.npz", "short.npz", "array.npy"):
         assert name in message(name)
     assert "in Fortran order with" in message("fortran.npz")
-    assert "one.npz: a covariance needs two images or more, not 1" in message("one.npz")
+    for words in (["one.npz"], ["good.npz", "one-and-statistics.npz"]):
+        assert f"{words[-1]}: a covariance needs two images or more, not 1" in message(*words)
     assert "mu has the shape (), and must be (2048,)" in message("good.npz", "scalar.npz")
     assert "mu has the shape (3,)" in message("good.npz", "narrow.npz")
     assert "mu is not finite" in message("good.npz", "nan.npz")
@@ -385,7 +387,7 @@ class Points:
     def __len__(self):
         return len(self.rows)
 
-    def statistics_of(self, kind):
+    def statistics_of(self, features):
         return self.statistics
 
     def batches(self, size):
@@ -415,6 +417,7 @@ def test_precision_and_recall_are_of_the_first_reference_images_and_fid_of_all(m
     reference.statistics = dict(mu=mean + [3, 4], sigma=covariance, mu_s=mean + [0, 2], sigma_s=covariance)
     results = metrics.network_metrics(reference, samples, reference, 4)
     assert len(asked) == 6 + 2  # batches for five images
+    assert results["kid"] == metrics.kernel_distance(rows, reference.rows[:5])  # for any size of batches
     assert results["fid"] == pytest.approx(25) and results["sfid"] == pytest.approx(4)
     nothing = Points("statistics", rows[:0], reference.statistics)
     results = metrics.network_metrics(reference, samples, nothing, 4)

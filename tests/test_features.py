@@ -15,7 +15,7 @@ from evaluation import features, metrics
 from evaluation.images import ImageBatches, write_statistics
 
 CPU = torch.device("cpu")
-SMALL = "test_vit"  # of timm: six blocks of width 64, trained on 160 x 160
+SMALL = "test_vit.r160_in1k"  # of timm: six blocks of width 64, trained on 160 x 160
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,21 @@ def test_position_embeddings_are_resampled_as_in_meta_s_code(old, side):
     expected = embedding if old == side else position_embedding(embedding, side)
     torch.testing.assert_close(features.resample_positions(embedding, side), expected, rtol=1e-4, atol=1e-5)
     with_registers = torch.cat([torch.zeros(1, 4, 3), embedding], dim=1)
-    assert features.resample_positions(with_registers, side).shape == (1, 5 + side**2, 3)
+    expected = timm.layers.resample_abs_pos_embed(with_registers, [side] * 2, num_prefix_tokens=5)
+    torch.testing.assert_close(features.resample_positions(with_registers, side, registers=True), expected)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224"])
+def test_networks_with_another_head_or_grid(name, tmp_path):
+    """A second token with a head of its own; patches of the features of convolutions."""
+    network = timm.create_model(name).eval()
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    noise = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    ((rows,), _) = features.ViT(name, tmp_path / "w.safetensors", CPU)(noise)
+    mean, std = (torch.tensor(network.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = network.forward_features((torch.from_numpy(noise).permute(0, 3, 1, 2) / 255 - mean) / std)[:, 0]
+    torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -105,18 +119,22 @@ def test_fd_dinov2_and_its_statistics(small_vit, images, monkeypatch, capsys):
         return fail("evaluate", [a, *words], capsys, monkeypatch)
 
     words = ["--reference", files[0], "--features"]
-    assert f"1.npz holds statistics of dinov2 {SMALL}, not of inception" in message(*words[:2])
-    assert f"1.npz holds statistics of dinov2 {SMALL}, not of dinov2 {features.DINOV2}" in message(*words, "dinov2")
+    assert f"1.npz holds statistics of {vit.kind}, not of inception" in message(*words[:2])
+    other = images / "other.safetensors"
+    save_file({key: 1.5 * value for key, value in small_vit[0].state_dict().items()}, other)
+    more = ["dinov2", "--feature-model", SMALL.split(".")[0], "--feature-weights"]  # the tag is the default one
+    assert f"of {vit.kind}, not of {features.ViT(SMALL, other, CPU).kind}, and" in message(*words, *more, other)
     with pytest.raises(ValueError, match="not of pixels 4x4x1, and no images"):
         metrics.Monitor(ImageBatches(files[0], may_be_statistics=True), (4, 4, 1), None, CPU)
 
 
 def test_weights_that_do_not_fit_are_refused(small_vit, images, monkeypatch, capsys):
     network, path = small_vit
-    tensors, file = network.state_dict(), images / "w.pth"
-    expected = features.ViT(SMALL, path, CPU)(np.load(images / "a.npz")["arr_0"])[0][0]
+    tensors, file, uint8 = network.state_dict(), images / "w.pth", np.load(images / "a.npz")["arr_0"]
+    expected = features.ViT(SMALL, path, CPU)
     torch.save(tensors | {"mask_token": torch.zeros(1, 64)}, file)  # as Meta's files
-    assert torch.equal(features.ViT(SMALL, file, CPU)(np.load(images / "a.npz")["arr_0"])[0][0], expected)
+    vit = features.ViT(SMALL, file, CPU)
+    assert torch.equal(vit(uint8)[0][0], expected(uint8)[0][0]) and vit.kind == expected.kind
 
     def message(model=SMALL, *more):
         words = [images / "a.npz", "--reference", images / "b.npz", "--features", "dinov2", "--feature-model", model]
@@ -124,7 +142,12 @@ def test_weights_that_do_not_fit_are_refused(small_vit, images, monkeypatch, cap
 
     assert "w.pth holds no weights of vit_tiny_patch16_224: it does not fit" in message("vit_tiny_patch16_224")
     assert "is no ViT of timm: " in message("resnet18") and "Unknown model" in message("nothing")
+    assert "Unknown model ()" in message("") and "Invalid pretrained tag" in message("test_vit.nothing")
     assert "has no class token" in message("test_vit2")
+    json_flag = ["--json", images / "x"]
+    assert "no weights of vit_small_patch16_36x1_224: give --feature" in message(
+        "vit_small_patch16_36x1_224", *json_flag
+    )
     for content in (
         [tensors],
         {"norm.weight": 3},
@@ -132,18 +155,16 @@ def test_weights_that_do_not_fit_are_refused(small_vit, images, monkeypatch, cap
         {"pos_embed": torch.ones(1)},
     ):
         torch.save(content, file)
-        assert "w.pth holds no weights of test_vit: " in message()
+        assert f"w.pth holds no weights of {SMALL}: " in message()
     file.write_text("no weights")
-    assert "w.pth holds no weights of test_vit: " in message()
+    assert f"w.pth holds no weights of {SMALL}: " in message()
     torch.save({"norm.weight": images}, file)  # a path is no tensor
-    assert "w.pth holds no weights of test_vit: " in message()
+    assert f"w.pth holds no weights of {SMALL}: " in message()
     torch.save({key: value * float("nan") for key, value in tensors.items()}, file)
-    assert "the features of test_vit are not finite" in message()
+    assert f"the features of {SMALL} are not finite" in message()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(images))
-    assert "cannot fetch model.safetensors of timm/test_vit.r160_in1k: HF_HUB_OFFLINE is set" in message(
-        SMALL, "--json", images / "x"
-    )
+    assert f"cannot fetch model.safetensors of timm/{SMALL}: HF_HUB_OFFLINE is set" in message(SMALL, *json_flag)
     assert not (images / "x").exists()
 
 
@@ -175,11 +196,36 @@ def test_statistics_of_pixels(tmp_path, monkeypatch, capsys):
     for flag, target in (("--save-statistics", "a.npz"), ("--json", "b.npz"), ("--save-statistics", "b.npz")):
         assert "is an input" in message("a.npz", "--reference", tmp_path / "b.npz", flag, tmp_path / target)
     assert "must end in .npz" in message("a.npz", "--save-statistics", tmp_path / "a.png")
-    same = [word for flag in ("--json", "--save-statistics") for word in (flag, tmp_path / "one.npz")]
+    same = ["--json", tmp_path / "one.npz", "--save-statistics", tmp_path / ".." / tmp_path.name / "one.npz"]
     assert "are one file" in message("a.npz", "--reference", out, *same)
     for flag in ("--feature-model", "--feature-weights"):
         assert f"{flag} has no effect with --features inception" in message("a.npz", "--reference", out, flag, "x")
     assert not list(tmp_path.glob("*.png")) and not (tmp_path / "one.npz").exists()
+
+
+def test_statistics_of_other_sizes_and_beside_images(tmp_path, monkeypatch, capsys):
+    """Sizes are checked before anything is computed; all who compare take statistics before the images beside them."""
+    x = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)
+    file, of_x = tmp_path / "s.npz", tmp_path / "x.npz"
+    np.savez(of_x, arr_0=x)
+
+    def words(kind, *statistics):
+        mark = {"features_of": kind, **dict(zip(("mu", "sigma", "mu_s", "sigma_s"), statistics, strict=False))}
+        np.savez(file, **mark, arr_0=x // 2)
+        return [of_x, "--features", "pixels", "--reference", file]
+
+    def monitor():
+        return metrics.Monitor(ImageBatches(file, may_be_statistics=True), (4, 4, 1), None, CPU)
+
+    own = metrics.moments(features.pixels(x))
+    for wrong in ([np.zeros(3), np.eye(3)], [*own, np.zeros(2023), np.eye(2023)]):
+        assert "features, not of (16,)" in fail("evaluate", words("pixels 4x4x1", *wrong), capsys, monkeypatch)
+        with pytest.raises(ValueError, match="holds statistics of .* features"):
+            monitor()
+    out = evaluated(monkeypatch, capsys, *words("pixels 4x4x1", *own))
+    assert abs(float(out.split("fd_pixels ")[1].split()[0])) < 1e-9 and abs(monitor().metrics(x)["fd_pixels"]) < 1e-9
+    evaluated(monkeypatch, capsys, *words("other\nfeatures", *own))  # the images
+    assert monitor().metrics(x)["fd_pixels"] > 1
 
 
 def test_statistics_are_written_whole(tmp_path, monkeypatch):
@@ -189,7 +235,7 @@ def test_statistics_are_written_whole(tmp_path, monkeypatch):
 
     path, statistics = tmp_path / "s.npz", (np.ones(2), np.eye(2))
     write_statistics(path, "pixels 2x1x1", statistics)
-    read = ImageBatches(path, may_be_statistics=True).statistics_of("pixels 2x1x1")
+    read = ImageBatches(path, may_be_statistics=True).statistics_of(features.Pixels((2, 1, 1)))
     assert all(np.array_equal(a, b) for a, b in zip(read.values(), statistics, strict=True))
     before = path.read_bytes()
     monkeypatch.setattr(np, "savez", full_disk)
