@@ -81,15 +81,10 @@ class Inception:
         return (pool, layers[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)), logits
 
     def comparability(self, num_samples):
-        """Return `comparability` of these weights."""
-        return comparability(self.sha256, num_samples)
-
-
-def comparability(sha256, num_samples):
-    """Return {'weights_verified': bool, 'caveats': [str]}: why metrics are not comparable with published ones."""
-    verified = sha256.startswith(WEIGHTS_SHA256_PREFIX)
-    caveats = [] if verified else ["Inception's weights are not the published ones"]
-    return {"weights_verified": verified, "caveats": caveats + _too_few(num_samples)}
+        """Return {'weights_verified': bool, 'caveats': [str]}: why metrics are not comparable with published ones."""
+        verified = self.sha256.startswith(WEIGHTS_SHA256_PREFIX)
+        caveats = [] if verified else ["Inception's weights are not the published ones"]
+        return {"weights_verified": verified, "caveats": caveats + _too_few(num_samples)}
 
 
 def _too_few(num_samples):
@@ -153,7 +148,7 @@ class ViT:
             tensors = {key: v for key, v in read(path).items() if key != "mask_token" and not key.startswith("head")}
             digest = hashlib.sha256()
             for key in sorted(tensors):
-                digest.update(tensors[key].float().numpy())
+                digest.update(tensors[key].detach().float().numpy().tobytes())
             if "pos_embed" in tensors:
                 grid, registers = network.patch_embed.grid_size, network.reg_token is not None
                 tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid[0], registers)

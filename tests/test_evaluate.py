@@ -217,6 +217,11 @@ def test_mu_and_sigma_alone_or_beside_images(weights_file, tmp_path, monkeypatch
         assert results["both"][key] == results["images"][key]
 
 
+def test_small_numbers_keep_their_digits(capsys):
+    evaluate.report({"fid": 2.12345, "kid": 0.000512345, "caveats": []}, 2, 2)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:2]] == ["2.1235", "0.000512"]
+
+
 def test_a_covariance_with_a_negative_eigenvalue_is_refused():
     with pytest.raises(ValueError, match="has the eigenvalue -1"):
         metrics.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]))
@@ -368,11 +373,13 @@ def test_squared_distances_are_never_negative():
 
 
 def test_what_makes_metrics_comparable_with_published_ones():
-    published = features.WEIGHTS_SHA256_PREFIX + "0" * 56
-    assert features.comparability(published, 50_000) == {"weights_verified": True, "caveats": []}
-    assert features.comparability(published, 49_999)["caveats"] == ["49999 samples, not 50000"]
-    other = features.comparability("1" + published[1:], 60_000)
-    assert other == {"weights_verified": False, "caveats": ["Inception's weights are not the published ones"]}
+    inception = features.Inception(None, CPU)
+    inception._loaded = None, features.WEIGHTS_SHA256_PREFIX + "0" * 56
+    assert inception.comparability(50_000) == {"weights_verified": True, "caveats": []}
+    assert inception.comparability(49_999)["caveats"] == ["49999 samples, not 50000"]
+    inception._loaded = None, "1" * 64
+    caveats = ["Inception's weights are not the published ones"]
+    assert inception.comparability(60_000) == {"weights_verified": False, "caveats": caveats}
 
 
 class Points:

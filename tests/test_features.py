@@ -132,7 +132,8 @@ def test_weights_that_do_not_fit_are_refused(small_vit, images, monkeypatch, cap
     network, path = small_vit
     tensors, file, uint8 = network.state_dict(), images / "w.pth", np.load(images / "a.npz")["arr_0"]
     expected = features.ViT(SMALL, path, CPU)
-    torch.save(tensors | {"mask_token": torch.zeros(1, 64)}, file)  # as Meta's files
+    odd = {"norm.weight": torch.nn.Parameter(torch.stack([tensors["norm.weight"]] * 2, 1)[:, 0])}  # not in one piece
+    torch.save(tensors | odd | {"mask_token": torch.zeros(1, 64)}, file)  # as Meta's files
     vit = features.ViT(SMALL, file, CPU)
     assert torch.equal(vit(uint8)[0][0], expected(uint8)[0][0]) and vit.kind == expected.kind
 
@@ -140,14 +141,12 @@ def test_weights_that_do_not_fit_are_refused(small_vit, images, monkeypatch, cap
         words = [images / "a.npz", "--reference", images / "b.npz", "--features", "dinov2", "--feature-model", model]
         return fail("evaluate", [*words, *(more or ("--feature-weights", file))], capsys, monkeypatch)
 
-    assert "w.pth holds no weights of vit_tiny_patch16_224: it does not fit" in message("vit_tiny_patch16_224")
+    assert "augreg_in21k_ft_in1k: it does not fit the model: cls_token" in message("vit_tiny_patch16_224")
     assert "is no ViT of timm: " in message("resnet18") and "Unknown model" in message("nothing")
     assert "Unknown model ()" in message("") and "Invalid pretrained tag" in message("test_vit.nothing")
     assert "has no class token" in message("test_vit2")
     json_flag = ["--json", images / "x"]
-    assert "no weights of vit_small_patch16_36x1_224: give --feature" in message(
-        "vit_small_patch16_36x1_224", *json_flag
-    )
+    assert "36x1_224.untrained: give --feature-weights" in message("vit_small_patch16_36x1_224", *json_flag)
     for content in (
         [tensors],
         {"norm.weight": 3},
