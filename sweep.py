@@ -157,6 +157,8 @@ def main():
 
 def settings_of(pipeline, combination):
     """Return the `SampleSettings` of a combination, with seed 0. Raise ValueError if its values do not fit."""
+    if pipeline.guide is None and "guide_ckpt" in combination:  # the outline, which has no network
+        pipeline = dataclasses.replace(pipeline, guide=pipeline)
     solver = {key: combination[key] for key in SOLVER if key in combination}
     mode, solver = flags.solver_settings(mode_of(combination), solver)
     return resolve_settings(pipeline, mode, solver, combination.get("cfg_scale"), combination.get("cfg_interval"), 0)

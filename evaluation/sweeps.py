@@ -62,7 +62,7 @@ def flags_of(values):
 
 def words_of(combination):
     """Return a combination as sample_ddp.py's command line has it."""
-    return f"{mode_of(combination)} {flags_of(combination)}"
+    return f"{mode_of(combination)} {flags_of(combination)}".strip()
 
 
 def identifier(combination):
@@ -207,8 +207,8 @@ def draw_heatmap(path, rows, metric):
     figure = Figure(figsize=(3 + 0.9 * len(across), 2 + 0.5 * len(down)), layout="constrained")
     axes = figure.subplots()
     figure.colorbar(axes.imshow(image, cmap="viridis_r", aspect="auto"), label=metric)
-    axes.set_xticks(range(len(across)), across, rotation=30, ha="right")
-    axes.set_yticks(range(len(down)), down)
+    axes.set_xticks(range(len(across)), across, rotation=30, ha="right", parse_math=False)
+    axes.set_yticks(range(len(down)), down, parse_math=False)
     axes.set(ylabel=pair[0], xlabel=pair[1])
     for (y, x), value in np.ndenumerate(image):
         if math.isfinite(value):
@@ -221,10 +221,8 @@ def draw_curves(path, rows, metric):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes, best = figure.subplots(), {}
     for row in sorted(rows, key=lambda row: -row["mean"]):  # the best last
-        best.setdefault(row["settings"].get("sampling_method", "default"), {})[row["nfe"]] = (
-            row["mean"],
-            row["std"] or 0,
-        )
+        of_solver = best.setdefault(row["settings"].get("sampling_method", "default"), {})
+        of_solver[row["nfe"]] = row["mean"], row["std"] or 0
     for solver, points in sorted(best.items()):
         nfe = sorted(points)
         mean, std = np.array([points[n] for n in nfe]).T

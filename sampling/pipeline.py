@@ -6,7 +6,7 @@ import hashlib
 import torch
 
 import vae as autoencoders
-from models import SiT, SiT_models
+from models import SIZES, SiT, SiT_models
 from transport import Transport, create_transport
 from utils import distributed, hub, precision
 from utils.command_line import flag_name
@@ -100,12 +100,14 @@ def load_pipeline(
     model, names = _filled(model, weights, device), class_names(weights.config)
     pipeline = Pipeline(model, transport, space, device, guided_channels, config, class_names=names)
     if guide_ckpt is not None:
-        pipeline.guide = _load_guide(pipeline, guide_ckpt, guide_ema, given)
+        pipeline.guide = _load_guide(pipeline, scaling, guide_ckpt, guide_ema, given)
     return pipeline
 
 
-def _load_guide(pipeline, ckpt, ema, given):
-    """Return the `Pipeline` of a checkpoint that can guide another; what it does not say is taken to be as there."""
+def _load_guide(pipeline, scaling, ckpt, ema, given):
+    """Return the `Pipeline` of a checkpoint that can guide another; what it does not say is taken to be as there.
+
+    `scaling` are scale and shift of the other's latents, None for the autoencoder's own."""
     weights, path_type = _read(ckpt, ema), type(pipeline.transport.path).__name__.removesuffix("Path")
     known, latents = (weights.config.get(part, {}) for part in ("transport", "latents"))
     trained = {"path_type": path_type, "prediction": pipeline.transport.prediction}
@@ -115,17 +117,23 @@ def _load_guide(pipeline, ckpt, ema, given):
         for note in [*weights.notes, *more]:
             print(note, flush=True)
     if not weights.own:
-        embeddings = weights.state_dict.get("y_embedder.embedding_table.weight", ())
-        counts = {"num_classes": len(embeddings)} if len(embeddings) == pipeline.model.num_classes else {}
-        assumed |= counts | {key: given[key] for key in ("num_heads",) if key in given}
+        shape = weights.state_dict.get("y_embedder.embedding_table.weight", torch.empty(0)).shape
+        rows, width = (*shape, 0, 0)[:2]
+        assumed |= {"num_classes": rows} if rows == pipeline.model.num_classes else {}
+        if width == pipeline.model_config["hidden_size"] or all(
+            size["hidden_size"] != width for size in SIZES.values()
+        ):
+            assumed |= {key: given[key] for key in ("num_heads",) if key in given}
     config, model, transport = _build(weights, assumed)
     guide = dataclasses.replace(pipeline, model=model, transport=transport, model_config=config)
     vae, space = latents.get("vae", autoencoders.UNKNOWN_VAE), pipeline.space.name
+    is_known = vae != autoencoders.UNKNOWN_VAE
     pairs = [
         ("latent shape", guide.latent_shape, pipeline.latent_shape),
         ("number of classes", model.num_classes, pipeline.model.num_classes),
         ("path", type(transport.path).__name__.removesuffix("Path"), path_type),
-        ("VAE", space if vae == autoencoders.UNKNOWN_VAE else autoencoders.full_name(vae), space),
+        ("VAE", autoencoders.full_name(vae) if is_known else space, space),
+        ("latents' (scale, shift)", (latents.get("scale"), latents.get("shift")) if is_known else scaling, scaling),
     ]
     for name, its, ours in pairs:
         if its != ours:

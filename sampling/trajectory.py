@@ -39,9 +39,13 @@ class Record:
         return watched
 
     def spread(self, most):
-        """Return the indices of at most `most` evaluations, evenly spread from the first to the last."""
-        count = len(self.solves[0])
-        return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+        """Return the indices of at most `most` evaluations, evenly spread from the first to the last.
+
+        Those that an earlier or the same time follows are left out: tries of a step that was not, or not so, taken."""
+        times = np.array([t for t, _ in self.solves[0]])
+        times = times if times[0] <= times[-1] else -times
+        taken = np.flatnonzero(np.append(times[:-1] < np.minimum.accumulate(times[:0:-1])[::-1], True))
+        return taken[np.linspace(0, len(taken) - 1, min(len(taken), most)).round().astype(int)]
 
     def strips(self, pipeline, images, indices):
         """Return the times (S,) of the evaluations at `indices`, and pictures (2, S + 1, N, H, W, C), uint8.
@@ -52,7 +56,8 @@ class Record:
         latents = torch.cat([torch.stack([solve[i][1] for i in indices], dim=1) for solve in self.solves], dim=2)
         pictures = decode(pipeline, latents.flatten(0, 2).to(pipeline.device)).unflatten(0, latents.shape[:3])
         end = images[: latents.shape[2]]
-        last = torch.stack([end, end if times[0] <= times[-1] else pictures[1, -1]])
+        is_reverse = (times[0], times[0]) > (times[-1], 0.5)  # the time of a single evaluation says where it starts
+        last = torch.stack([end, pictures[1, -1] if is_reverse else end])
         return times, torch.cat([pictures, last[:, None]], dim=1)
 
 

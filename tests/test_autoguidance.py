@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import functools
+import json
+import shutil
 import types
 
 import pytest
@@ -17,6 +19,7 @@ from sampling.guidance import resolve_cfg_scale
 from sampling.pipeline import Pipeline, load_pipeline
 from sampling.shards import Shards
 from transport import PATHS, PREDICTIONS, create_transport
+from utils.files import manifest_entry, read_json, write_json
 
 CPU = torch.device("cpu")
 EULER = flags.ODE_DEFAULTS | dict(sampling_method="euler", num_steps=5, time_shift=1.0)
@@ -220,6 +223,24 @@ def test_weights_without_a_config_guide_as_the_model_was_trained(digits_run, tmp
     path = official(tmp_path, dict(path_type="Linear", prediction="score", vae="none", num_classes=10))
     assert load_pipeline(digits_run, CPU, guide_ckpt=path).guide.transport.prediction == "score"
     assert "assumed" not in capsys.readouterr().out
+
+
+def test_attention_heads_that_are_given_are_not_those_of_a_guide_of_known_width(digits_run, tmp_path):
+    pipeline = load_pipeline(digits_run, CPU, guide_ckpt=official(tmp_path, {}), num_heads=4)
+    assert (pipeline.model_config["num_heads"], pipeline.guide.model_config["num_heads"]) == (4, 6)
+
+
+def test_a_guide_of_latents_with_another_scale_is_refused(digits_run, tmp_path):
+    shutil.copytree(digits_run / "checkpoint-3", tmp_path / "checkpoint-3")
+    state, manifest = (tmp_path / "checkpoint-3" / name for name in ("trainer_state.json", "manifest.json"))
+    content = read_json(state)
+    content["latents"] |= {"scale": 0.5, "shift": 0.0}
+    state.write_text(json.dumps(content))
+    entries = read_json(manifest)
+    entries["files"]["trainer_state.json"] = manifest_entry(state)
+    write_json(manifest, entries)
+    with pytest.raises(ValueError, match=r"its latents' \(scale, shift\) is \(0.5, 0.0\), the model's \(None, None\)"):
+        load_pipeline(digits_run, CPU, guide_ckpt=tmp_path / "checkpoint-3")
 
 
 @pytest.mark.parametrize(

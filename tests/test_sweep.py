@@ -9,13 +9,19 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from processes import Script, run
 
 import sample_ddp
 from data.sources import open_source
 from evaluation.metrics import frechet_distance, moments, pixels
-from evaluation.sweeps import coordinate, grid, star, statistics_of, within_noise
+from evaluation.sweeps import coordinate, draw_heatmap, grid, star, statistics_of, within_noise, words_of
+from models import SiT
+from sampling.pipeline import Pipeline
+from sweep import effective, settings_of
+from transport import create_transport
+from vae import PixelSpace
 
 AXES = ["--cfg-scale", 1, 1.5, "--cfg-interval", "none", "0:0.7", "--solver", "heun2", "Euler"]
 AXES += ["--num-sampling-steps", 5, "--diffusion-form", "sigma"]
@@ -97,6 +103,22 @@ def test_tables_and_pictures_show_all_rows(finished):
             assert min(image.size) > 100 and len(np.unique(np.asarray(image.convert("L")))) > 20
 
 
+def test_a_guide_has_an_effect_on_a_model_without_a_null_class():
+    with torch.device("meta"):
+        model = SiT(depth=1, class_dropout_prob=0.0)
+    outline = Pipeline(model, create_transport(), PixelSpace(), torch.device("cpu"), None)
+    for more in ({}, {"cfg_scale": 2.0}, {"cfg_interval": [0.0, 0.7]}):
+        combination = {"guide_ckpt": "early", "sampling_method": "euler", **more}
+        assert effective(outline, combination) == combination and settings_of(outline, combination).cfg_scale == 2
+    assert effective(outline, {"guide_ckpt": "early", "cfg_scale": 1.0}) == {"cfg_scale": 1.0}
+
+
+def test_a_heat_map_shows_names_of_files_as_they_are(tmp_path):
+    rows = [{"settings": {"guide_ckpt": name}, "mean": 1.0} for name in ("a$b_{$", "runs/$1_^$/x")]
+    draw_heatmap(tmp_path / "a.png", rows, "fid")
+    assert (tmp_path / "a.png").is_file()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_started_again_on_other_ranks_it_ends_with_the_same_bytes(processes, finished, digits_run, tmp_path):
     folder, _ = finished
@@ -121,7 +143,6 @@ def test_more_values_continue_and_other_settings_do_not(finished, digits_run):
     before = (folder / "results.jsonl").read_bytes()
     for more, message in (
         (["--seeds", 0], "made with seeds [0, 3], not [0]"),
-        (["--num-samples", 50], "made with num_samples 100, not 50"),
         (["--ckpt", digits_run / "checkpoint-3"], "was made with weights_sha256"),
         (["--reference", digits_run / "samples"], "does not hold images of (8, 8, 1)"),
     ):
@@ -157,6 +178,7 @@ def test_axes_are_searched_one_after_the_other_from_the_best_so_far(digits_run, 
     assert coordinate(axes, measure) == {"a": 1, "b": 5, "c": 2}
     expected = [dict(a=a, c=1) for a in range(4)] + [dict(a=1, c=1), dict(a=1, b=5, c=1), dict(a=1, b=7, c=1)]
     assert asked == [*expected, dict(a=1, b=5, c=1), dict(a=1, b=5, c=2)]
+    assert words_of({}) == "ODE" and words_of({"sampling_method": "Euler"}) == "SDE --sampling-method Euler"
     assert len(grid(axes)) == math.prod(map(len, axes.values())) and len(star(axes)) == 9
     more = ["--solver", "euler", "heun2", "--num-sampling-steps", 3, 5, "--cfg-scale", 1, 2, "--coordinate"]
     output = sweep(*words(digits_run, tmp_path / "c", *more)).stdout

@@ -96,7 +96,7 @@ def test_the_first_images_are_shown_whatever_the_batches(batch_size):
     pipeline, record = to_point(sample_eps=1e-4), Record(create_transport(), most=5)
     settings, labels = SampleSettings("ODE", EULER | {"sampling_method": "heun2"}), [0, 1, 2, 1, 0, 2, 1]
     images, _ = generate(pipeline, labels, settings, batch_size=batch_size, record=record)
-    assert record.spread(4).tolist() == [0, 2, 5, 7] and record.spread(99).tolist() == list(range(8))
+    assert record.spread(4).tolist() == [0, 2, 6, 7] and record.spread(99).tolist() == [0, 2, 4, 6, 7]
     times, pictures = record.strips(pipeline, images, [0, 7])
     assert times == pytest.approx([1e-4, 1 - 1e-4]) and pictures.shape == (2, 3, 5, 4, 4, 1)
     assert torch.equal(pictures[0, -1], images[:5]) and torch.equal(pictures[1, -1], images[:5])
@@ -105,11 +105,23 @@ def test_the_first_images_are_shown_whatever_the_batches(batch_size):
     assert (pictures[0, 0].int() - images[:5].int()).abs().max() > 50
 
 
-def test_a_reverse_solve_ends_with_the_last_prediction_beside_the_noise():
+def test_steps_that_were_not_taken_are_left_out():
+    """Two tries of a step from 0.2, to 0.8 and to 0.5, each of whose ends is evaluated twice."""
+    tries = [0.0, 0.2, 0.2, 0.4, 0.8, 0.8, 0.3, 0.5, 0.5, 0.7, 1.0]
+    for times in (tries, [1 - t for t in tries]):
+        record = Record(create_transport())
+        record.solves = [[(t, None) for t in times]]
+        assert record.spread(99).tolist() == [0, 2, 6, 8, 9, 10]
+        assert record.spread(3).tolist() == [0, 6, 10] and record.spread(1).tolist() == [0]
+
+
+@pytest.mark.parametrize("num_steps", [5, 2])
+def test_a_reverse_solve_ends_with_the_last_prediction_beside_the_noise(num_steps):
     pipeline, record = to_point(), Record(create_transport())
-    images, _ = generate(pipeline, [0, 1], SampleSettings("ODE", EULER | {"reverse": True}), record=record)
-    times, pictures = record.strips(pipeline, images, [0, 3])
-    assert times[0] > times[1] and torch.equal(pictures[0, -1], images)
+    solver = EULER | {"reverse": True, "num_steps": num_steps}
+    images, _ = generate(pipeline, [0, 1], SampleSettings("ODE", solver), record=record)
+    times, pictures = record.strips(pipeline, images, range(num_steps - 1))
+    assert times == sorted(times, reverse=True) and torch.equal(pictures[0, -1], images)
     assert torch.equal(pictures[1, -1], pictures[1, -2]) and not torch.equal(pictures[1, -1], images)
 
 
