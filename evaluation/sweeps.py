@@ -14,6 +14,7 @@ import statistics
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from evaluation.images import ImageBatches
 from evaluation.metrics import BATCH_SIZE, Moments, Monitor, frechet_distance
@@ -228,6 +229,8 @@ def draw_curves(path, rows, metric):
         mean, std = np.array([points[n] for n in nfe]).T
         axes.errorbar(nfe, mean, std, fmt="o-", capsize=3, label=solver)
     axes.set(xscale="log", yscale="log", xlabel="NFE", ylabel=metric)
+    axes.set_xticks(sorted({n for points in best.values() for n in points}), minor=True)
+    axes.xaxis.set(major_locator=NullLocator(), minor_formatter="{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     _save(figure, path)
