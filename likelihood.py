@@ -38,7 +38,7 @@ def build_parser():
     add("--num-examples", integer(2), "N", "examples, drawn by the seed (default: all)")
     add("--batch-size", integer(1), "N", "examples at a time, per rank", default=64)
     add("--probes", integer(1), "N", "random directions per example that estimate the divergence", default=1)
-    add("--sampling-method", one_of(*ODE_METHODS), "METHOD", "one of torchdiffeq's", default="dopri5")
+    add("--sampling-method", one_of(*ODE_METHODS), "METHOD", f"one of {', '.join(ODE_METHODS)}", default="dopri5")
     add("--num-sampling-steps", integer(2), "N", "time points of fixed-step methods", default=50)
     add("--atol", positive, "TOL", "absolute tolerance of adaptive methods", default=1e-6)
     add("--rtol", positive, "TOL", "relative tolerance of adaptive methods", default=1e-3)

@@ -31,7 +31,7 @@ from utils.precision import resolve_precision
 FINE = 40  # intervals of the uniform part of the fine grid, or more
 MOVES = (-4, -2, -1, 1, 2, 4)  # of a time, in points of the fine grid
 MOST_STEPS = 50  # time points to tune: the search grows with their square
-MOST_KEPT = 4000  # outputs of the network in memory
+MOST_KEPT = 1 << 30  # bytes of the network's outputs in memory
 
 
 def build_parser():
@@ -133,7 +133,7 @@ class Solves:
         def model(x, t):
             step, part = divmod(next(calls), nfe)
             key = part, indices[: step + 1 + (part > 0)]
-            if len(self.outputs) > MOST_KEPT:
+            if len(self.outputs) * x.nbytes > MOST_KEPT:
                 self.outputs.clear()
             if key not in self.outputs:
                 self.outputs[key] = self.model(x, t)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from conftest import GaussianNetwork
-from processes import run
 
+import sample
 from sampling.flags import SOLVER_FLAGS, add_solver_flags, grid_notes, solver_settings, without_effect
 from sampling.shards import Shards
 from transport import PATHS, TIME_GRIDS, Sampler, create_transport
@@ -198,9 +198,13 @@ def test_a_bad_time_grid_is_one_line(tmp_path, words, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_bad_time_grid_ends_a_script_before_the_weights_are_loaded():
-    result = run("sample.py", "--ckpt", "nowhere", "--sampling-method", "euler", "--time-grid", "0", "2")
-    assert result.returncode == 2 and "--time-grid 0 2" in result.stderr and "loading" not in result.stdout
+def test_a_bad_time_grid_ends_a_script_before_the_weights_are_loaded(monkeypatch, capsys):
+    words = "sample.py --ckpt nowhere --sampling-method euler --time-grid 0 2"
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(SystemExit) as end:
+        sample.main()
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and "--time-grid 0 2" in printed.err and "loading" not in printed.out
 
 
 def test_a_file_for_another_solver_is_noted(tmp_path):

@@ -30,6 +30,8 @@ NODES = torch.sigmoid(math.pi * torch.sinh(_U))
 WEIGHTS = torch.cosh(_U) * NODES * (1 - NODES)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
+NEAREST = 1 / 30  # of a step: of two evaluations that are nearer to each other, the earlier is left out
+
 
 def time(path, t):
     return t, torch.ones_like(t)
@@ -71,6 +73,7 @@ class Multistep:
 
     def __init__(self, path, times):
         self.path, self.times = path, times.cpu().double()
+        self.u = self.variable(path, self.times)[0]
         self.signal, self.other, self.evaluation = self.roles(path, bool(self.times[-1] > self.times[0]))
         self.index, self.states, self.evaluations = -1, {}, {}  # both by the index of their time
 
@@ -86,11 +89,16 @@ class Multistep:
     def advance(self, base, end, nodes):
         """Return the state at index `end` from the state at index `base` and the evaluations at indices `nodes`.
 
-        Forget all others."""
-        self.evaluations = {i: self.evaluations[i] for i in nodes}
+        Forget all others. To extrapolate far from evaluations close to each other would be to extrapolate errors."""
+        u, kept = self.u, []
+        near = NEAREST * (u[end] - u[base]).abs()
+        for i in reversed(nodes):
+            if i in self.evaluations and all((u[i] - u[j]).abs() >= near or near.isinf() for j in kept):
+                kept.insert(0, i)
+        self.evaluations = {i: self.evaluations[i] for i in kept}
         self.states = {base: self.states[base]}
         t, end = self.times[base], self.times[end]
-        weights = self.weights(self.times[nodes], t, end).tolist()
+        weights = self.weights(self.times[kept], t, end).tolist()
         change = sum(c * f for c, f in zip(weights, self.evaluations.values(), strict=True))
         return self.states[base] * self.decay(t, end).item() + change
 
@@ -102,6 +110,8 @@ class Multistep:
         """Return c_j (J,) for 0-D times and nodes (J,): those that integrate all powers of the variable below J."""
         start = self.variable(self.path, t)[0]
         scale = self.variable(self.path, end)[0] - start
+        if scale == 0:  # a step too short for the variable's last digit
+            return torch.zeros_like(nodes)
         s = t + (end - t) * NODES
         u, du = self.variable(self.path, s)
         powers = torch.arange(len(nodes), dtype=torch.float64)[:, None]
@@ -145,7 +155,7 @@ class LogSNR(Multistep):
         """Return the order of the step from index i: lower at the start, and before an end that is far off in lambda.
 
         A polynomial in lambda that is extrapolated over more than 1 is far off the data prediction, which converges."""
-        length = self.variable(self.path, self.times[-2:])[0].diff().abs()
+        length = (self.u[-1] - self.u[-2]).abs()
         return min(self.order, i + 1, len(self.times) - 1 - i if length > 1 else self.order)
 
     def weights(self, nodes, t, end):
