@@ -60,9 +60,9 @@ DESCRIBED = ("model", "path", "prediction", "sample_eps", "precision", "guided_c
 
 def interval(text):
     """Return an interval of guidance LO:HI as [LO, HI]; None for 'none'."""
-    low, _, high = text.partition(":")
-    ends = None if text == "none" else [number(0, closed=1)(end) for end in (low, high)]
-    if ends and not ends[0] < ends[1]:
+    words = text.split(":")
+    ends = [number(0, closed=1)(end) for end in words] if len(words) == 2 else None
+    if text != "none" and not (ends and ends[0] < ends[1]):
         raise argparse.ArgumentTypeError(f"must be none or LO:HI with LO below HI, not {text!r}")
     return ends
 

@@ -30,6 +30,7 @@ from utils.precision import resolve_precision
 
 FINE = 40  # intervals of the uniform part of the fine grid, or more
 MOVES = (-4, -2, -1, 1, 2, 4)  # of a time, in points of the fine grid
+ENOUGH = 0.03  # of the error, that a round of moves must take away for another to follow
 MOST_STEPS = 50  # time points to tune: the search grows with their square
 MOST_KEPT = 1 << 30  # bytes of the network's outputs in memory
 
@@ -38,7 +39,7 @@ def build_parser():
     parser = Parser("Find the time grid of the least error for a checkpoint, its guidance and a solver of an ODE.")
     flags.add_sampling_flags(parser)
     add = flag_group(parser, "grid")
-    add("--num-samples", integer(1), "N", "samples whose errors are measured", default=32)
+    add("--num-samples", integer(1), "N", "samples whose errors are measured", default=16)
     add("--seed", integer(0), "SEED", "noise and label of sample i depend on it and i alone", default=0)
     add("--output", path, "FILE.json", "the times, and what they were made for", default=pathlib.Path("grid.json"))
     return parser
@@ -76,11 +77,11 @@ def solver_to_tune(mode, given):
     for key in ("time_grid", "time_shift", "reverse"):
         if key in given:
             raise ValueError(f"{flag_name(key)} has no effect here: a grid from noise to data is looked for")
+    if mode == "SDE":
+        raise ValueError("a grid is tuned for an ODE, whose end state has an error, and not for an SDE")
     if "num_sampling_steps" not in given:
         raise ValueError("give the number of time points, --num-sampling-steps")
     mode, solver = flags.solver_settings(mode, given)
-    if mode == "SDE":
-        raise ValueError("a grid is tuned for an ODE, whose end state has an error, and not for an SDE")
     if solver["num_steps"] > MOST_STEPS:
         raise ValueError(f"--num-sampling-steps {solver['num_steps']}: a grid is tuned for at most {MOST_STEPS}")
     fixed = [name for name, (_, nfe) in ODE_METHODS.items() if nfe is not None]
@@ -172,14 +173,16 @@ def least_sum(cost, num_steps):
 
 
 def moved(error, indices):
-    """Move indices between the ends one by one, as long as that lowers error(indices). Return them and the error."""
-    least, improved = error(indices), True
-    while improved:
-        improved = False
+    """Move indices between the ends one by one, in rounds, as long as a round lowers error(indices) by ENOUGH.
+
+    Return them and the error."""
+    least, before = error(indices), math.inf
+    while least < (1 - ENOUGH) * before:
+        before = least
         for k, shift in itertools.product(range(len(indices) - 2, 0, -1), MOVES):
             other = (*indices[:k], indices[k] + shift, *indices[k + 1 :])
             if indices[k - 1] < other[k] < indices[k + 1] and (found := error(other)) < least:
-                indices, least, improved = other, found, True
+                indices, least = other, found
     return indices, least
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import measuring
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from data.sources import open_source
@@ -237,10 +238,14 @@ def draw_curves(curves, path):
     left.axhspan(band * (1 - MARGIN), band * (1 + MARGIN), color="0.85", label=f"heun2, {MANY} NFE, ±{MARGIN:.0%}")
     for i, ((solver, grid), results) in enumerate(curves.items()):
         label = solver if grid == "uniform" else f"{solver}, {grid}"
-        style = dict(color=f"C{i % 10}", linestyle=("-", "--", ":", "-.")[i // 10 % 4], marker="o", markersize=3)
-        left.plot([r["nfe"] for r in results], [r["fd_pixels"] for r in results], label=label, linewidth=1, **style)
+        # One evaluation a step, from the history of a solve: what the picture is about.
+        is_multistep = isinstance((ODE_METHODS | SDE_METHODS)[solver.split()[1].rstrip(",")][0], type)
+        width, marker = (1.8, "o") if is_multistep else (0.8, "s")
+        style = dict(color=colormaps["tab20"](i % 20), marker=marker, markersize=2 * width + 1, linewidth=width)
+        style["linestyle"] = "--" if solver.startswith("SDE") else "-"
+        left.plot([r["nfe"] for r in results], [r["fd_pixels"] for r in results], label=label, **style)
         known = [(r["nfe"], r["distance"]) for r in results if r["distance"]]  # the reference's own is 0
-        right.plot(*zip(*known, strict=True) if known else ((), ()), linewidth=1, **style)
+        right.plot(*zip(*known, strict=True) if known else ((), ()), **style)
     left.set(title="Fréchet distance of pixels to real digits")
     right.set(title=f"end states: distance to heun2, {MANY} NFE")
     for axes in (left, right):

@@ -19,6 +19,7 @@ SDE_DEFAULTS = dict(
 WEIGHTS_FLAGS = ("ema", "model", "image_size", "num_classes", "num_heads", "vae", *TRANSPORT_KEYS)
 GUIDE_FLAGS = ("guide_ckpt", "guide_ema")
 SOLVER_FLAGS = ("num_sampling_steps", "time_grid", "time_shift", *(ODE_DEFAULTS | SDE_DEFAULTS))
+FAR_OFF = 0.02  # of a time from an end of [0, 1], where images lack or keep noise
 GRID_KEYS = ("mode", "path", "prediction", "sampling_method", "cfg_scale", "cfg_interval")  # for which a grid is tuned
 
 
@@ -191,7 +192,12 @@ def read_time_grid(words):
 
 
 def grid_notes(words, description):
-    """Return a line if the file of --time-grid was made for other settings than `description`, from `describe`."""
-    made = read_time_grid(words)[1] if words else {}
+    """Return lines on a --time-grid that was made for other settings than `description`, or begins or ends far off."""
+    times, made = read_time_grid(words) if words else ("", {})
     other = [f"{key} {made[key]}" for key in GRID_KEYS if made.get(key, description[key]) != description[key]]
-    return [f"--time-grid {words[0]} was made for {', '.join(other)}"] if other else []
+    lines = [f"--time-grid {words[0]} was made for {', '.join(other)}"] if other else []
+    if isinstance(times, list) and times[0] > FAR_OFF:
+        lines.append(f"--time-grid begins at t = {times[0]:g}, and pure noise is x_t at t = 0")
+    if isinstance(times, list) and times[-1] < 1 - FAR_OFF and not description.get("last_step"):
+        lines.append(f"--time-grid ends at t = {times[-1]:g}, and data are x_t at t = 1")
+    return lines
