@@ -534,6 +534,7 @@ def test_a_run_starts_from_weights_of_repa_and_saves_a_sit(tmp_path, capsys):
     folder = save(tmp_path / "run", network, network, {"step": 1, **config})
     weights = load_weights(folder / "ema.pt")
     assert weights.own and weights.notes == [] and equal(weights.state_dict, given)
+    assert load_weights(folder.parent).notes == [f"the newest checkpoint of {folder.parent} is {folder.name}"]
 
 
 # DiT and others.

@@ -88,7 +88,7 @@ def _find_file(path, ema):
     for problem in problems if folder is not None else ():
         warnings.warn(f"{problem}; using {folder}", stacklevel=3)
     if folder is not None:
-        return folder / names[0], []
+        return folder / names[0], [f"the newest checkpoint of {path} is {folder.name}"]
     # Of a checkpoint that was copied to share its weights, often not all files were.
     files_of = [folder / name for folder in unverified[:1] for name in (names[0], "model.safetensors")]
     file = next((file for file in files_of if file.is_file()), None)
