@@ -29,6 +29,7 @@ from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS, add_transport_flags
 from sampling.guidance import resolve_cfg_scale
 from sampling.pipeline import Pipeline, default_labels
 from training import log, losses, resume, setup
+from training.recipe import add_recipe_flags, read_recipe
 from training.step import EMA, Trainer, batches_on_device, check_emas, draw_randomness, learning_rate
 from transport import ODE_METHODS, SDE_METHODS, create_transport, logit_normal
 from utils import checkpoint, command_line, distributed
@@ -49,6 +50,7 @@ def build_parser():
     add_model_flags(parser)
     add_transport_flags(parser, from_checkpoint=False)
     add_optimisation_flags(parser)
+    add_recipe_flags(parser)
     add_hardware_flags(parser)
     add_run_flags(parser)
     return parser
@@ -145,25 +147,25 @@ def main(loss_builders=(), extra_emas=()):
         accumulation, micro_batch_size = setup.split_batch(args.global_batch_size, args.micro_batch_size, world_size)
         precision = resolve_precision(args.precision, device, on_gpu="bf16")
         source = setup.open_data(given(args, DATA_FLAGS), args.num_classes, args.dry_run)
-        keys = setup.model_options(), setup.SIZE_FLAGS, TRANSPORT_KEYS
-        options, sizes, transport = (given(args, names) for names in keys)
         where = ("never", None) if args.dry_run else (args.resume, args.output_dir)
         start = distributed.on_rank_zero(resume.find_start, *where)
-        more = args.vae, args.skip_bad_images, start.state
-        config = setup.resolve_config(source, args.model, options, sizes, transport, *more)
+        keys = setup.model_options(), setup.SIZE_FLAGS, TRANSPORT_KEYS
+        parts = (given(args, names) for names in keys)
+        config = setup.resolve_config(source, args.model, *parts, args.vae, args.skip_bad_images, start.state)
         mirror = setup.resolve_flips(source, args.horizontal_flip)
         source.notes += setup.flags_without_effect(parser.changed, flags, config, source, MOST_PIXELS)
         transport = create_transport(**config["transport"])
         model = setup.build_model(config)
-        emas = check_emas([EMA("ema", args.ema_decay, args.ema_warmup), *extra_emas])
+        recipe = read_recipe(flags, model, transport, source)
+        emas = check_emas([EMA("ema", args.ema_decay, args.ema_warmup), *recipe.emas, *extra_emas])
         parallel, mesh = setup.resolve_parallel(args.parallel, args.fsdp_shard_size, model, device)
         settings = draw_settings(flags, transport, model)
         length = args.max_steps, args.epochs, args.global_batch_size, source
         text = f"steps of {args.global_batch_size} images = micro-batch {micro_batch_size} x {world_size} ranks"
         text = f"{text} x {accumulation} gradient accumulation steps; {parallel}, {precision} on {device.type}"
         if args.dry_run:
-            text = "\n".join([*source.notes, f"{setup.last_step(*length, start):,} {text}"])
-            setup.print_plan(flags, config, text, micro_batch_size, precision, mesh, args.grad_checkpoint, device)
+            lines = [*source.notes, f"{setup.last_step(*length, start):,} {text}"]
+            setup.print_plan(flags, config, lines, micro_batch_size, precision, mesh, device)
             return distributed.shutdown()
 
         # Load what can fail, and lock the run's folder.
@@ -171,7 +173,7 @@ def main(loss_builders=(), extra_emas=()):
         output_dir = resume.choose_folder(args.output_dir, args.resume, start, args.results_dir, name)
         resume.check_model(config, start)
         weights, notes = setup.initial_weights(config, args.global_seed, args.init_from, start)
-        auxiliary = losses.build_losses(loss_builders, model, args.global_seed)
+        auxiliary = losses.build_losses([*recipe.loss_builders, *loss_builders], model, args.global_seed)
         decodes = args.sample_every > 0 or args.eval_every > 0
         space = setup.open_training_space(config, source, device, args.vae_precision, decodes, auxiliary)
         monitor = open_monitor(config, source, args.eval_reference, args.inception_weights, device, args.eval_every)
@@ -183,8 +185,7 @@ def main(loss_builders=(), extra_emas=()):
             return distributed.shutdown()
 
     # Build the model, its EMAs, its optimizer, the losses beside the main one, and the batches of this rank.
-    adamw = dict(lr=args.lr, betas=args.betas or (0.9, 0.999), weight_decay=args.weight_decay)
-    trainer = Trainer(model, transport, device, precision, emas, auxiliary, parallel, mesh, adamw)
+    trainer = Trainer(model, transport, device, precision, emas, auxiliary, parallel, mesh, recipe.optimizer)
     with command_line.user_errors(parser):
         start, more = resume.load(trainer, start, weights, config, args.grad_checkpoint, args.compile)
         max_steps = setup.last_step(*length, start)
@@ -229,7 +230,7 @@ def main(loss_builders=(), extra_emas=()):
             micro = slice(i * micro_batch_size, (i + 1) * micro_batch_size)
             x1 = space.sample(batch["moments"], posterior_noise[micro])
             draws = t[micro], x0[micro], drop[micro]
-            values, others = trainer.forward_backward(batch, x1, *draws, accumulation, is_last=i == accumulation - 1)
+            values, others = trainer.forward_backward(batch, x1, *draws, step, accumulation, i == accumulation - 1)
             metrics.mean("loss", values)
             metrics.mean_by_time("loss_by_time", values, t[micro])
             for name, value in others.items():

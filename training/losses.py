@@ -13,12 +13,18 @@ class AuxiliaryLoss(nn.Module):
     weight = 1.0  # its factor in the sum of losses
     hidden_blocks = ()  # indices of the blocks whose outputs it reads
     reads_images = False  # whether it reads the images, also where training reads cached latents
+    until = None  # the step from which on it is left out; None: never
+
+    def is_active(self, step):
+        """Return whether the loss is computed after `step` steps."""
+        return self.until is None or step < self.until
 
     def forward(self, batch, t, xt, output, hidden):
         """Return the loss of each sample (M,) of a micro-batch.
 
         Args:
-            batch: dict with 'y' (M,), the labels, and with 'images' (M, 3, H, W) in [-1, 1] if the loss reads them.
+            batch: dict with 'y' (M,), the labels, 'x1' and 'x0' (M, C, h, w), data and noise, and with 'images'
+                (M, 3, H, W) in [-1, 1] if the loss reads them.
             t: (M,) times.
             xt: (M, C, h, w) points of the path.
             output: (M, C, h, w) output of the network.

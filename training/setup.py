@@ -267,14 +267,14 @@ def opening_lines(output_dir, start, notes, config, source, changes, text):
     return [*lines, f"{images} of {model['num_classes']} classes as {shape}; {json.dumps(config['transport'])}", text]
 
 
-def print_plan(flags, config, text, micro_batch_size, precision, mesh, grad_checkpoint, device):
-    """Print, on rank 0, the flags, the config, a line of text and an estimate of the peak memory, for --dry-run."""
+def print_plan(flags, config, lines, micro_batch_size, precision, mesh, device):
+    """Print, on rank 0, the flags, the config, lines of text and an estimate of the peak memory, for --dry-run."""
     if distributed.rank() != 0:
         return
     print(yaml.safe_dump(flags, sort_keys=False), end="")
     print(f"{costs.num_parameters(config['model']):,} parameters; {json.dumps(config)}")
-    print(text)
-    shards = 1 if mesh is None else mesh.shape[-1]
+    print("\n".join(lines))
+    shards, grad_checkpoint = 1 if mesh is None else mesh.shape[-1], flags["grad_checkpoint"]
     memory = costs.training_memory(config["model"], micro_batch_size, precision, grad_checkpoint, shards, device)
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
     print(f"estimated peak memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB = {parts}; without the autoencoder")

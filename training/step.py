@@ -110,7 +110,6 @@ class Trainer:
                 if parallel == "fsdp":
                     distributed.shard(loss, mesh)
                 self.loss_optimizers[loss.name] = build_optimizer(loss, **adamw)
-        self.hidden_blocks = tuple(sorted({block for loss in self.losses for block in loss.hidden_blocks}))
         self.reads_images = any(loss.reads_images for loss in self.losses)
         self.parameters = distributed.local(model.parameters())
         self.ema_parameters = [distributed.local(module.parameters()) for module in self.ema_modules.values()]
@@ -140,31 +139,34 @@ class Trainer:
         self.wrapped, *self.wrapped_losses = modules
         return notes
 
-    def forward_backward(self, batch, x1, t, x0, drop, accumulation=1, is_last=True):
+    def forward_backward(self, batch, x1, t, x0, drop, step=0, accumulation=1, is_last=True):
         """Compute the losses of a micro-batch, and add their gradient, divided by the accumulation steps.
 
         Args:
             batch: dict with 'y' (M,) and what else the auxiliary losses read.
             x1, t, x0: data (M, C, h, w), times (M,) and noise.
             drop: (M,) bool, labels to replace by the null class.
+            step: steps before this one, which decide the losses that are computed.
             is_last: whether it is the last micro-batch of the step.
 
         Return (main loss (M,), {name: auxiliary loss (M,)}), without gradients."""
         hidden, auxiliary = {}, {}
+        losses = [pair for pair in zip(self.losses, self.wrapped_losses, strict=True) if pair[0].is_active(step)]
+        hidden_blocks = tuple(sorted({block for loss, _ in losses for block in loss.hidden_blocks}))
 
         def network(x, t, **labels):
             with precision.autocast(self.device, self.precision):
-                if not self.hidden_blocks:
+                if not hidden_blocks:
                     return self.wrapped(x, t, **labels).float()  # the loss is computed in float32
-                output, states = self.wrapped(x, t, **labels, hidden_blocks=self.hidden_blocks)
-            hidden.update(zip(self.hidden_blocks, states, strict=True))
+                output, states = self.wrapped(x, t, **labels, hidden_blocks=hidden_blocks)
+            hidden.update(zip(hidden_blocks, states, strict=True))
             return output.float()
 
         with distributed.accumulate([self.wrapped, *self.wrapped_losses], is_last):
             kwargs = dict(y=batch["y"], force_drop_ids=drop)
             result = self.transport.training_losses(network, x1, kwargs, t=t, x0=x0)
-            total = result["loss"]
-            for loss, wrapped in zip(self.losses, self.wrapped_losses, strict=True):
+            total, batch = result["loss"], batch | {"x1": x1, "x0": x0}
+            for loss, wrapped in losses:
                 states = {block: hidden[block] for block in loss.hidden_blocks}
                 with precision.autocast(self.device, self.precision):
                     value = wrapped(batch, t, result["xt"], result["pred"], states).float()
