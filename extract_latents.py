@@ -25,9 +25,11 @@ from data.images import ImageDataset, check_problems
 from data.loader import make_loader
 from data.sources import DATA_FLAGS, Source, add_data_flags, flag_rules, open_source
 from utils import distributed
-from utils.command_line import Parser, flag_group, given, integer, one_of, path, user_errors, without_effect
+from utils.command_line import Parser, flag_group, given, integer, location, one_of, path, user_errors, without_effect
+from utils.encoders import DINOV2, PatchEncoder
 from utils.grids import to_uint8
 from utils.precision import resolve_precision
+from utils.sizes import pair, scaled, size_name
 from vae import PRECISIONS, LatentSpace, geometry
 
 
@@ -41,6 +43,12 @@ def build_parser():
     add("--num-classes", integer(1), "N", "number of classes (default: the data's)")
     add("--dtype", one_of("float32", "float16"), "float32|float16", "of stored moments", default="float32")
     add("--keep-images", None, None, "store the cropped images, too, for losses that read them: 3 bytes per pixel")
+    kind = "a model of timm, or a folder of one, whose patch features --align is to read: float16, of an image and its"
+    kind = f"{kind} mirror image (768 KiB for 256 tokens of 768 features; without a value: {DINOV2})"
+    add("--features", location, "ENCODER", kind, nargs="?", const=DINOV2)
+    add("--patch-size", integer(1), "N", "of the model to train, as there is one feature per token", default=2)
+    statistics = "let training shift and scale each channel to mean 0 and deviation 1 (default: the VAE's one scale)"
+    add("--channel-statistics", None, None, statistics)
     return parser
 
 
@@ -56,17 +64,19 @@ def main():
             raise ValueError(f"--data-path {args.data_path} holds cached latents already")
         if source.streamed:
             raise ValueError("--streaming does not go with extraction, which reads examples by index")
-        source.notes += without_effect(parser.changed, flag_rules(args.data_path, args.data_format))
+        unread = (args.features is None, ("patch_size",), "without --features")
+        source.notes += without_effect(parser.changed, [unread, *flag_rules(args.data_path, args.data_format)])
         multiple = 2 * geometry(args.vae or "ema", None)[0]  # patches are of 2 latent pixels or more
         image_size = source.choose_image_size(args.image_size or size_of_stopped(args.output), multiple)
         space, encoding = open_autoencoder(args.vae or "ema", args.vae_precision, image_size, device)
+        encoder, features = open_encoder(args.features, encoding["latent_size"], args.patch_size)
         data_path = os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path
         num_classes = source.resolve_classes(args.num_classes, args.skip_bad_images)
         settings = {"data_path": data_path} | {key: getattr(args, key) for key in ("split", "image_key", "label_key")}
         settings |= {"names_and_labels": source.fingerprint(), "num_examples": source.num_examples}
-        settings |= {"num_classes": num_classes, "mirrors": source.mirrors, **encoding}
+        settings |= {"num_classes": num_classes, "mirrors": source.mirrors, **encoding, **features}
         settings |= {key: getattr(args, key) for key in ("batch_size", "shard_size", "dtype")}
-        settings |= {"keep_images": True} if args.keep_images else {}
+        settings |= {key: True for key in ("keep_images", "channel_statistics") if getattr(args, key)}
         writer = ShardWriter(args.output, settings, source.class_names)
         distributed.on_rank_zero(writer.prepare)
 
@@ -79,13 +89,12 @@ def main():
     keys = ([(index, False) for index in indices] for indices in ranges)
     batches = make_loader(ImageDataset(source, image_size, 3, num_classes), keys, args.num_workers, device)
     start, total, skipped = time.perf_counter(), sum(map(len, ranges)), 0
-    bar = tqdm(total=total, unit=" images", disable=True if rank else None)
-    with bar, user_errors(parser):
+    with tqdm(total=total, unit=" images", disable=True if rank else None) as bar, user_errors(parser):
         for k in mine:
             encoded, left_out = [], []
             for batch in itertools.islice(batches, len(writer.batches(k))):
                 left_out += check_problems(batch["problems"], args.skip_bad_images)
-                encoded.append(encode(space, batch, getattr(torch, args.dtype), args.keep_images))
+                encoded.append(encode(space, batch, getattr(torch, args.dtype), args.keep_images, encoder))
                 bar.update(len(batch["y"]))
             for line in left_out:
                 tqdm.write(f"left out {line}")
@@ -98,7 +107,8 @@ def main():
     distributed.barrier()
     if rank == 0:
         with user_errors(parser):
-            writer.finish()
+            for line in writer.finish():
+                print(line)
         print(args.output)
     distributed.shutdown()
 
@@ -108,22 +118,40 @@ def open_autoencoder(vae, precision, image_size, device):
     if vae == "none":
         raise ValueError("--vae none encodes nothing; give the autoencoder whose latents to cache")
     downsampling, channels = geometry(vae, None)
-    if image_size % downsampling:
-        raise ValueError(f"--image-size {image_size} does not divide: it must be a multiple of {downsampling}")
+    if any(side % downsampling for side in pair(image_size)):
+        problem = f"--image-size {size_name(image_size)} does not divide"
+        raise ValueError(f"{problem}: it must be a multiple of {downsampling}")
     space = LatentSpace(vae, device, PRECISIONS[precision])
     name = os.path.realpath(vae) if os.path.isdir(vae) else vae
     encoding = {"vae": name, "vae_precision": precision, "scale": space.scale, "shift": space.shift}
-    return space, encoding | dict(channels=channels, image_size=image_size, latent_size=image_size // downsampling)
+    sizes = dict(channels=channels, image_size=image_size, latent_size=scaled(image_size, down=downsampling))
+    return space, encoding | sizes
 
 
-def encode(space, batch, dtype, keep_images):
+def open_encoder(encoder, latent_size, patch_size):
+    """Return the encoder of --features, and what the settings say of it; None and {} without one. Raise ValueError."""
+    if encoder is None:
+        return None, {}
+    if any(side % patch_size for side in pair(latent_size)):
+        raise ValueError(f"--patch-size {patch_size} does not divide the latents, which are {size_name(latent_size)}")
+    encoder = PatchEncoder(encoder, [side // patch_size for side in pair(latent_size)])
+    known = {"encoder": encoder.name, "sha256": encoder.load(), "grid": list(encoder.grid), "width": encoder.width}
+    return encoder, {"features": known}
+
+
+def encode(space, batch, dtype, keep_images, encoder=None):
     """Return a batch's good examples as a part of a shard: "labels" is (N,) int64, "images" uint8 (N, 3, H, W).
 
-    "moments" is (N, 2, 2, C, h, w): of the image and of its mirror image, mean and standard deviation."""
+    "moments" is (N, 2, 2, C, h, w): of the image and of its mirror image, mean and standard deviation. "features" is
+    float16 (N, 2, T, width), of both, too. Raise ValueError if a feature is not finite in float16."""
     good = torch.tensor([not lines for lines in batch["problems"]])
     images = batch["images"].to(space.device)
     moments = torch.stack([space.moments(images), space.moments(images.flip(-1))], dim=1).cpu()
     part = {"moments": moments[good].to(dtype), "labels": batch["y"][good]}
+    if encoder is not None:
+        part["features"] = torch.stack([encoder(images), encoder(images.flip(-1))], dim=1).cpu()[good].half()
+        if not part["features"].isfinite().all():
+            raise ValueError(f"features of {encoder.name} are not finite in float16")
     if keep_images:
         part["images"] = to_uint8(batch["images"][good]).permute(0, 3, 1, 2).contiguous()
     return part

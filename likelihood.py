@@ -3,8 +3,8 @@
     python likelihood.py --ckpt runs/digits --data-path digits --num-examples 500
 
 In pixel space, each of the 256 grey levels gets uniform noise of its width (dequantization), and the density is taken
-on the scale [0, 255], so that it bounds the bits of a lossless code. In a latent space, these are bits per latent
-dimension, which are comparable within one VAE only."""
+on the scale [0, 255], so that it bounds the bits of a lossless code. In a latent space, these are bits per dimension of
+the latents as the network takes them, which are comparable within one VAE, and one scale and shift, only."""
 
 import signal
 
@@ -27,6 +27,7 @@ from transport import ODE_METHODS, Sampler
 from utils import distributed, files
 from utils.command_line import Parser, flag_group, given, integer, number, one_of, path, user_errors
 from utils.precision import resolve_precision
+from utils.sizes import pair
 
 
 def build_parser():
@@ -104,8 +105,8 @@ def open_examples(source, pipeline, name):
     if (source.num_classes or 0) > model.num_classes:
         raise ValueError(f"{name} has {source.num_classes} classes, the model {model.num_classes}")
     if isinstance(source, Source):
-        return ImageDataset(source, pipeline.image_shape[0], pipeline.image_shape[2], model.num_classes)
-    if space.in_pixels or (source.channels, source.latent_size) != (model.in_channels, model.input_size):
+        return ImageDataset(source, pipeline.image_shape[:2], pipeline.image_shape[2], model.num_classes)
+    if space.in_pixels or (source.channels, *pair(source.latent_size)) != pipeline.latent_shape:
         raise ValueError(f"{name}: latents of another shape than the model's")
     if (source.scale, source.shift) != (space.scale, space.shift):
         source.notes.append(f"{name}: scale and shift of the latents are not those of the training, which are taken")

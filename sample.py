@@ -51,7 +51,8 @@ def main():
         if max(labels) >= pipeline.model.num_classes:
             most = pipeline.model.num_classes - 1
             raise ValueError(f"class label {max(labels)} is out of range: the model's are 0 to {most}")
-        settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.seed)
+        guided = args.cfg_scale, args.cfg_interval, args.seed, args.internal_guidance
+        settings = resolve_settings(pipeline, mode, solver, *guided)
         given_for = mode, solver, settings.cfg_scale, pipeline.space.in_pixels
         notes = flags.grid_notes(args.time_grid, describe(pipeline, settings))
         for line in [*flags.without_effect(parser.changed, *given_for), *notes]:

@@ -24,6 +24,7 @@ from utils import distributed
 from utils.command_line import Parser, flag_group, flag_name, given, integer, one_of, path, user_errors
 from utils.files import named
 from utils.precision import resolve_precision
+from utils.sizes import size_name
 
 # The settings of the paper's tables for SiT-XL/2 at 256x256, at 250 NFE; the ODE's Heun is torchdiffeq's heun2, two
 # evaluations per step. Rows: FID, sFID, Inception Score, precision, recall.
@@ -35,7 +36,7 @@ PROTOCOLS = {
     "paper-ode-cfg": (ODE_PROTOCOL | {"cfg_scale": 1.5}, "2.15, 4.60, 258.09, 0.81, 0.60"),
     "paper-sde-cfg": (SDE_PROTOCOL | {"cfg_scale": 1.5}, "2.06, 4.49, 277.50, 0.83, 0.59"),
 }
-NOT_IN_PROTOCOLS = ("time_grid", "time_shift", "cfg_interval", *flags.GUIDE_FLAGS)
+NOT_IN_PROTOCOLS = ("time_grid", "time_shift", "cfg_interval", "internal_guidance", *flags.GUIDE_FLAGS)
 PAPER_MODEL = dict(hidden_size=1152, depth=28, patch_size=2, input_size=32, in_channels=4, num_classes=1000)
 PAPER_COUNT = 50_000
 
@@ -70,7 +71,8 @@ def main():
         precision = resolve_precision(args.precision, device, on_gpu="tf32")
         weights = given(args, flags.WEIGHTS_FLAGS + flags.GUIDE_FLAGS)
         pipeline = load_pipeline(args.ckpt, device, args.guided_channels, args.vae_precision, **weights)
-        settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.global_seed)
+        guided = args.cfg_scale, args.cfg_interval, args.global_seed, args.internal_guidance
+        settings = resolve_settings(pipeline, mode, solver, *guided)
         if distributed.rank() == 0:
             given_for = mode, solver, settings.cfg_scale, pipeline.space.in_pixels
             more = [(args.output is not None, ("sample_dir",), "beside --output")]
@@ -81,9 +83,10 @@ def main():
         pipeline.speed_up(precision, args.compile)
         identity = describe(pipeline, settings) | digests | dict(vae_precision=args.vae_precision)
         identity |= dict(balanced_labels=args.balanced_labels, num_fid_samples=count)
-        ckpt = args.ckpt or f"{args.model or 'SiT-XL/2'}-{args.image_size or 256}".replace("/", "-")
+        ckpt = args.ckpt or f"{args.model or 'SiT-XL/2'}-{size_name(args.image_size or 256)}".replace("/", "-")
         solver_text = f"{mode}-{solver['sampling_method']}-{solver['num_steps']}-cfg-{settings.cfg_scale:g}"
         solver_text += f"-by-{pathlib.Path(args.guide_ckpt).name}" if args.guide_ckpt else ""
+        solver_text += "".join(f"-ig-{word:g}" for word in (settings.internal_guidance or ())[:1])
         name = f"{pathlib.Path(ckpt).name or 'model'}-{solver_text}-seed-{args.global_seed}-{count}.npz"
         output = args.output or args.sample_dir / name
         shards = Shards(output, count, pipeline.image_shape)

@@ -45,12 +45,13 @@ from utils.command_line import (
 )
 from utils.files import one_line, read_json
 from utils.precision import resolve_precision
+from utils.sizes import size_name
 from utils.weights import build_on_meta, load_weights
 
 # Flags that are axes, in the order of the search. Those of the networks come first, so that each is loaded once.
 NETWORKS = ("ema", *flags.GUIDE_FLAGS)
 SOLVER = ("sampling_method", *(key for key in flags.SOLVER_FLAGS if key not in ("sampling_method", "reverse")))
-AXES = (*NETWORKS, *SOLVER, "cfg_scale", "cfg_interval")
+AXES = (*NETWORKS, *SOLVER, "cfg_scale", "cfg_interval", "internal_guidance")
 LEFT_OUT = ("help", "mode", "reverse", "train_eps", "loss_weight")  # flags of sample_ddp.py without use here
 WEIGHTS = tuple(key for key in flags.WEIGHTS_FLAGS if key not in (*AXES, *LEFT_OUT))
 FIXED = ("ckpt", *WEIGHTS, "guided_channels", "precision", "vae_precision", "compile", "balanced_labels")
@@ -67,11 +68,17 @@ def interval(text):
     return ends
 
 
+def internal_guidance(text):
+    """Return internal guidance W or W:LO:HI as a list of its numbers; None for 'none'."""
+    return None if text == "none" else [number()(word) for word in text.split(":")]
+
+
 TYPES = {  # where they are not those of sample_ddp.py
     "sampling_method": (one_of(*ODE_METHODS, *SDE_METHODS), "METHOD"),
     "diffusion_form": (one_of(*DIFFUSION_FORMS), "FORM"),
     "time_grid": (location, "NAME|FILE.json"),
     "cfg_interval": (interval, "none|LO:HI"),
+    "internal_guidance": (internal_guidance, "none|W|W:LO:HI"),
     "guide_ckpt": (lambda text: None if text == "none" else location(text), "none|PATH|NAME|URL"),
 }
 
@@ -150,6 +157,7 @@ def main():
                 sweep(combination)
         if distributed.rank() == 0:
             fixed = {key: vars(args)[key] for key in FIXED if key in parser.changed}
+            fixed |= {"image_size": size_name(args.image_size)} if args.image_size else {}
             for line in sweep.results.report(args.num_samples, fixed, distributed.world_size()):
                 print(line)
     distributed.shutdown()
@@ -161,7 +169,8 @@ def settings_of(pipeline, combination):
         pipeline = dataclasses.replace(pipeline, guide=pipeline)
     solver = {key: combination[key] for key in SOLVER if key in combination}
     mode, solver = flags.solver_settings(mode_of(combination), solver)
-    return resolve_settings(pipeline, mode, solver, combination.get("cfg_scale"), combination.get("cfg_interval"), 0)
+    guided = (combination.get(key) for key in ("cfg_scale", "cfg_interval"))
+    return resolve_settings(pipeline, mode, solver, *guided, 0, combination.get("internal_guidance"))
 
 
 def effective(outline, combination):
@@ -212,13 +221,13 @@ def open_reference(reference, ckpt, ema, outline):
         for line in images.notes:
             print(line, flush=True)
         return images
-    side, _, channels = outline.image_shape
+    *image_size, channels = outline.image_shape
     if math.prod(outline.image_shape) <= MOST_PIXELS:
         trained = load_weights(hub.resolve(ckpt), ema).config.get("args") or {}
         if trained.get("data_path") and not trained.get("streaming"):
             source = open_source(**{key: trained[key] for key in DATA_FLAGS if trained.get(key) is not None})
             if isinstance(source, Source) and not source.streamed:
-                return small_images(source, side, channels, outline.model.num_classes, MOST_REFERENCES)
+                return small_images(source, image_size, channels, outline.model.num_classes, MOST_REFERENCES)
     raise ValueError("--reference is needed: the checkpoint names no training data of small images")
 
 

@@ -23,7 +23,7 @@ from data.loader import GlobalBatchSampler
 from data.sources import DATA_FLAGS, Source, add_data_flags
 from evaluation.images import ImageBatches
 from evaluation.metrics import MOST_PIXELS, MOST_REFERENCES, Monitor
-from models import SiT_models
+from models import BLOCKS, CHOICES, SiT_models
 from sampling.draw import NotFinite, SampleSettings, draw_labels, generate
 from sampling.flags import ODE_DEFAULTS, SDE_DEFAULTS, add_transport_flags
 from sampling.guidance import resolve_cfg_scale
@@ -33,8 +33,9 @@ from training.recipe import add_recipe_flags, read_recipe
 from training.step import EMA, Trainer, batches_on_device, check_emas, draw_randomness, learning_rate
 from transport import ODE_METHODS, SDE_METHODS, create_transport, logit_normal
 from utils import checkpoint, command_line, distributed
-from utils.command_line import Parser, flag_group, given, integer, location, number, one_of, path, plain
+from utils.command_line import Parser, flag_group, given, integer, location, number, one_of, path, plain, size
 from utils.precision import DTYPES, resolve_precision
+from utils.sizes import pair
 from utils.weights import TRANSPORT_KEYS
 
 # That may draw samples during training. Their steps are fixed: with FSDP all ranks must make as many evaluations.
@@ -60,15 +61,23 @@ def add_model_flags(parser):
     """Add the model's flags. One that is named after an argument of SiT is passed to it and stored with checkpoints."""
     add = flag_group(parser, "model", "--model names a size; the other flags change it, one by one.")
     add("--model", one_of(*SiT_models), "NAME", f"one of {', '.join(SiT_models)}", default="SiT-XL/2")
-    add("--input-size", integer(1), "N", "height and width of the latent, in place of --image-size")
+    add("--input-size", size, "N|HxW", "height and width of the latent, in place of --image-size")
+    positions = "scale positions to those of this --input-size: of --init-from, to fine-tune at another (default: no)"
+    add("--trained-size", size, "N|HxW", positions)
     add("--patch-size", integer(1), "N", "side of a patch (default: the model's)")
     add("--in-channels", integer(1), "N", "channels of the latent, checked against the VAE's (default: the VAE's)")
     add("--hidden-size", integer(1), "N", "width of the transformer (default: the model's)")
     add("--depth", integer(1), "N", "number of blocks (default: the model's)")
     add("--num-heads", integer(1), "N", "attention heads (default: the model's)")
     add("--mlp-ratio", number(0, exclude_minimum=True), "R", "width of the MLPs / hidden size", default=4.0)
+    add("--block", one_of(*BLOCKS), "|".join(BLOCKS), "modern: the next four on; each also alone", default="plain")
+    add("--qk-norm", None, None, "normalise queries and keys (RMSNorm)", action=YES_OR_NO)
+    add("--norm", one_of(*CHOICES["norm"]), "layer|rms", "norm of tokens (default: layer)")
+    add("--mlp", one_of(*CHOICES["mlp"]), "gelu|swiglu", "MLPs; swiglu: of as many weights (default: gelu)")
+    add("--position", one_of(*CHOICES["position"]), "sincos|rope", "rope: rotate queries, too (default: sincos)")
     add("--class-dropout-prob", number(0, 1), "P", "share of labels replaced by the null class", default=0.1)
     add("--num-classes", integer(1), "N", "number of classes (default: the data's)")
+    add("--inner-head", integer(1), "K", "blocks before a second head, to guide samples by (default: no such head)")
     add("--learn-sigma", None, None, "add as many unused output channels, as released", default=True, action=YES_OR_NO)
 
 
@@ -78,11 +87,11 @@ def add_optimisation_flags(parser):
     add("--max-steps", integer(1), "N", "optimizer steps, in place of --epochs")
     add("--global-batch-size", integer(1), "N", "images per step, over all ranks", default=256)
     add("--micro-batch-size", integer(1), "N", "images per rank at a time (default: global batch / ranks)")
-    add("--lr", positive, "LR", "AdamW's peak learning rate", default=1e-4)
+    add("--lr", positive, "LR", "peak learning rate", default=1e-4)
     add("--lr-schedule", one_of("constant", "cosine"), "constant|cosine", "cosine: to 0", default="constant")
     add("--warmup-steps", integer(0), "N", "steps of linear learning rate warm-up", default=0)
     add("--betas", number(0, 1), "B", "AdamW's betas (default: 0.9 0.999)", nargs=2)
-    add("--weight-decay", number(0), "W", "AdamW's weight decay", default=0.0)
+    add("--weight-decay", number(0), "W", "weight decay, decoupled from the gradient", default=0.0)
     add("--max-grad-norm", positive, "NORM", "clip the gradient to this 2-norm (default: no clipping)")
     add("--ema-decay", number(0, 1), "D", "decay of the EMA per step", default=0.9999)
     warmup = "use a smaller decay at first, (1 + n) / (10 + n) at step n"
@@ -149,31 +158,30 @@ def main(loss_builders=(), extra_emas=()):
         source = setup.open_data(given(args, DATA_FLAGS), args.num_classes, args.dry_run)
         where = ("never", None) if args.dry_run else (args.resume, args.output_dir)
         start = distributed.on_rank_zero(resume.find_start, *where)
-        keys = setup.model_options(), setup.SIZE_FLAGS, TRANSPORT_KEYS
-        parts = (given(args, names) for names in keys)
+        parts = (given(args, names) for names in (setup.model_options(), setup.SIZE_FLAGS, TRANSPORT_KEYS))
         config = setup.resolve_config(source, args.model, *parts, args.vae, args.skip_bad_images, start.state)
         mirror = setup.resolve_flips(source, args.horizontal_flip)
         source.notes += setup.flags_without_effect(parser.changed, flags, config, source, MOST_PIXELS)
         transport = create_transport(**config["transport"])
         model = setup.build_model(config)
         recipe = read_recipe(flags, model, transport, source)
-        emas = check_emas([EMA("ema", args.ema_decay, args.ema_warmup), *recipe.emas, *extra_emas])
-        parallel, mesh = setup.resolve_parallel(args.parallel, args.fsdp_shard_size, model, device)
+        auxiliary = losses.build_losses([*recipe.loss_builders, *loss_builders], model, args.global_seed)
+        emas = check_emas([EMA("ema", args.ema_decay, args.ema_warmup), *recipe.emas, *extra_emas], start.folder)
+        parallel, mesh = setup.resolve_parallel(args.parallel, args.fsdp_shard_size, model, device, len(emas))
         settings = draw_settings(flags, transport, model)
         length = args.max_steps, args.epochs, args.global_batch_size, source
         text = f"steps of {args.global_batch_size} images = micro-batch {micro_batch_size} x {world_size} ranks"
         text = f"{text} x {accumulation} gradient accumulation steps; {parallel}, {precision} on {device.type}"
         if args.dry_run:
             lines = [*source.notes, f"{setup.last_step(*length, start):,} {text}"]
-            setup.print_plan(flags, config, lines, micro_batch_size, precision, mesh, device)
+            setup.print_plan(flags, config, lines, micro_batch_size, precision, mesh, device, emas, auxiliary, recipe)
             return distributed.shutdown()
 
         # Load what can fail, and lock the run's folder.
         name = f"{args.model.replace('/', '-')}-{args.path_type}-{args.prediction}-{args.loss_weight}"
         output_dir = resume.choose_folder(args.output_dir, args.resume, start, args.results_dir, name)
-        resume.check_model(config, start)
+        resume.check_model(config, start, args.optimizer)
         weights, notes = setup.initial_weights(config, args.global_seed, args.init_from, start)
-        auxiliary = losses.build_losses([*recipe.loss_builders, *loss_builders], model, args.global_seed)
         decodes = args.sample_every > 0 or args.eval_every > 0
         space = setup.open_training_space(config, source, device, args.vae_precision, decodes, auxiliary)
         monitor = open_monitor(config, source, args.eval_reference, args.inception_weights, device, args.eval_every)
@@ -185,7 +193,8 @@ def main(loss_builders=(), extra_emas=()):
             return distributed.shutdown()
 
     # Build the model, its EMAs, its optimizer, the losses beside the main one, and the batches of this rank.
-    trainer = Trainer(model, transport, device, precision, emas, auxiliary, parallel, mesh, recipe.optimizer)
+    how = parallel, mesh, recipe.optimizer, recipe.route
+    trainer = Trainer(model, transport, device, precision, emas, auxiliary, *how)
     with command_line.user_errors(parser):
         start, more = resume.load(trainer, start, weights, config, args.grad_checkpoint, args.compile)
         max_steps = setup.last_step(*length, start)
@@ -200,23 +209,24 @@ def main(loss_builders=(), extra_emas=()):
     sampler = GlobalBatchSampler(source.num_examples, args.global_batch_size, micro_batch_size, **order)
     loader = setup.open_loader(config, source, sampler, args.num_workers, device, stop.reasons.append)
     batches = batches_on_device(loader, space, device, trainer.reads_images)
-    share = args.global_batch_size // world_size
-    places = slice(rank * share, (rank + 1) * share)
+    places = slice(rank * accumulation * micro_batch_size, (rank + 1) * accumulation * micro_batch_size)
 
     # Train.
     text = f"{max_steps:,} {text}; torch {torch.__version__}"
     changed = resume.changes(flags, source.num_examples, start)
     for line in setup.opening_lines(output_dir, start, notes + more, config, source, changed, text):
         run_log.line(line)
-    writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, run_log.line)
+    writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, run_log.line, args.ema_snapshots)
     finite = resume.FiniteCheck(device, args.max_bad_steps, state["bad_steps"], state["bad_in_a_row"], run_log.line)
-    metrics, meter = log.Metrics(device, state["window"]), log.Meter(config["model"], device, precision)
+    metrics = log.Metrics(device, state["window"])
+    meter = log.Meter(config["model"], device, precision, recipe.route, auxiliary)
     left_out = log.LeftOut(state["bad_images"], args.skip_bad_images, [] if start.step else source.left_out)
     bar = dict(initial=start.step, total=max_steps, unit="step", disable=rank or None)
     for step in tqdm(range(start.step, max_steps), **bar):
         # Draw times, label drops and noise for this rank's places in the global batch.
-        where = args.global_batch_size, places, ema_pipeline.latent_shape, device
-        uniform, drop, x0, posterior_noise = draw_randomness(args.global_seed, step, *where)
+        where = args.global_seed, step, args.global_batch_size, places
+        uniform, drop, x0, posterior_noise = draw_randomness(*where, ema_pipeline.latent_shape, device)
+        kept = trainer.draw_kept(*where)
         if args.time_sampling == "logit-normal":
             uniform = logit_normal(uniform, args.logit_normal_mean, args.logit_normal_std)
         t, drop = transport.times(uniform), drop < args.class_dropout_prob
@@ -229,7 +239,7 @@ def main(loss_builders=(), extra_emas=()):
                 left_out.add(step + 1, batch["problems"])
             micro = slice(i * micro_batch_size, (i + 1) * micro_batch_size)
             x1 = space.sample(batch["moments"], posterior_noise[micro])
-            draws = t[micro], x0[micro], drop[micro]
+            draws = (draw if draw is None else draw[micro] for draw in (t, x0, drop, kept))
             values, others = trainer.forward_backward(batch, x1, *draws, step, accumulation, i == accumulation - 1)
             metrics.mean("loss", values)
             metrics.mean_by_time("loss_by_time", values, t[micro])
@@ -245,7 +255,7 @@ def main(loss_builders=(), extra_emas=()):
 
         # Read, one step late on a GPU, whether it was finite, and whether the run is to stop.
         done, samples_seen = step + 1, samples_seen + args.global_batch_size
-        meter.images += args.global_batch_size
+        meter.add(args.global_batch_size, step)
         is_last, saves = done == max_steps, done % args.ckpt_every == 0
         if stop.check(at_once=saves or is_last) and stop.lost:
             break
@@ -338,12 +348,12 @@ def open_monitor(config, source, reference, weights, device, eval_every):
         if reference is not None or weights is not None:
             raise ValueError("--eval-reference and --inception-weights have no effect without --eval-every")
         return None
-    size, channels = config["latents"]["image_size"], config["latents"]["channels"]
-    shape = (size, size, channels if config["latents"]["vae"] == "none" else 3)
+    image_size, channels = config["latents"]["image_size"], config["latents"]["channels"]
+    shape = (*pair(image_size), channels if config["latents"]["vae"] == "none" else 3)
     if reference is not None:
         reference = ImageBatches(reference, may_be_statistics=True)
     elif isinstance(source, Source) and not source.streamed and math.prod(shape) <= MOST_PIXELS:
-        reference = small_images(source, size, shape[2], config["model"]["num_classes"], MOST_REFERENCES)
+        reference = small_images(source, image_size, shape[2], config["model"]["num_classes"], MOST_REFERENCES)
     else:
         raise ValueError("--eval-every needs --eval-reference: the training data are no small images")
     return Monitor(reference, shape, weights, device)

@@ -57,7 +57,8 @@ def main():
         precision = resolve_precision(args.precision, device, on_gpu="tf32")
         weights = given(args, flags.WEIGHTS_FLAGS + flags.GUIDE_FLAGS)
         pipeline = load_pipeline(args.ckpt, device, args.guided_channels, args.vae_precision, **weights)
-        settings = resolve_settings(pipeline, mode, solver, args.cfg_scale, args.cfg_interval, args.seed)
+        guided = args.cfg_scale, args.cfg_interval, args.seed, args.internal_guidance
+        settings = resolve_settings(pipeline, mode, solver, *guided)
         more = [(True, ("vae_precision",), "on a time grid")]
         for line in flags.without_effect(parser.changed, mode, solver, settings.cfg_scale, more=more):
             print(line, flush=True)
@@ -96,7 +97,7 @@ def solves_of(pipeline, settings, count, bar):
     labels = draw_labels(count, pipeline.model.num_classes, settings.seed, balanced=False)
     noise = ImageNoise(settings.seed, range(count), pipeline.device).draw(pipeline.latent_shape)
     rule = settings.rule(pipeline.guided_channels, pipeline.guide is not None)
-    model = GuidedModel(pipeline, rule, count, bar)
+    model = GuidedModel(pipeline, rule, count, bar, settings.internal_guidance)
     labels = torch.tensor(labels, device=pipeline.device)
     how = settings.solver["sampling_method"], settings.solver["num_steps"]
     return Solves(pipeline.transport, lambda x, t: model(x, t, labels), noise, *how)

@@ -25,7 +25,7 @@ def start_trainer(model_config, device, precision, parallel="one process", grad_
 def training_step(trainer, batch_size):
     """Return a function that makes a step, from the forward pass to the EMA, always on the same random latents."""
     model, device = trainer.model, trainer.device
-    shape = (batch_size, model.in_channels, model.input_size, model.input_size)
+    shape = (batch_size, *model.latent_shape)
     x1, x0 = torch.randn(shape, device=device), torch.randn(shape, device=device)
     t, drop = torch.rand(2, batch_size, device=device)
     batch = {"y": torch.zeros(batch_size, dtype=torch.long, device=device)}

@@ -8,7 +8,9 @@ rows. Each following row adds something that train.py does.
 First each row trains for a few steps, and its losses are compared with the first row's. Then all rows are measured in
 turn, round by round, each after a warm-up step; the results are medians over rounds. All rows have the same batch size.
 A row that does not fit into memory is left out (by the estimate, SiT-XL/2 on 80 GB fits batches of 64 in all rows, and
-of 128 in bf16). Batches are cached latents in memory; benchmarks/data_speed.py measures how fast they are read.
+of 128 in bf16). With --route or --align-width each row is measured a second time, with token routing or aligned
+features: the ratio is then that of its images/s to the row above, and its losses, which differ, are not compared.
+Batches are cached latents in memory; benchmarks/data_speed.py measures how fast they are read.
 """
 
 import dataclasses
@@ -24,12 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import SiT_models
 from training import costs
+from training.alignment import Alignment
 from training.log import Metrics
+from training.recipe import read_route
 from training.resume import FiniteCheck
-from training.step import EMA, batches_on_device, draw_randomness
+from training.step import EMA, batches_on_device, build_optimizer, draw_randomness
 from utils import command_line, distributed, precision
 from vae import LatentSpace
 
+FEATURES = 768  # of a patch: those of DINOv2-B, which REPA aligns with
 PARTS = ("data", "forward", "backward", "optimizer", "EMA", "loss read")
 
 
@@ -40,6 +45,8 @@ class Row:
     Attributes:
         official: default AdamW, EMA parameter by parameter, loss read in every step; else as train.py does it.
         compiled: None, 'blocks' or 'model'.
+        route: None, or (FROM, TO, share) as `Trainer` takes it.
+        aligned: whether hidden states are aligned with features.
     """
 
     name: str
@@ -47,6 +54,13 @@ class Row:
     precision: str = "fp32"
     compiled: str | None = None
     grad_checkpoint: bool = False
+    route: tuple | None = None
+    aligned: bool = False
+
+    @property
+    def is_option(self):
+        """Whether it is compared with the row above, without the option."""
+        return self.aligned or self.route is not None
 
 
 def rows_for(device):
@@ -95,9 +109,10 @@ class Runner:
     Args:
         model_config: arguments of SiT.
         batch_size: images per step.
+        align_width: of the projector of rows that are aligned; None: there are none.
     """
 
-    def __init__(self, model_config, batch_size, device):
+    def __init__(self, model_config, batch_size, device, align_width=None):
         self.device, self.batch_size, self.clock = device, batch_size, measuring.Clock(device)
         self.trainer = start_trainer(model_config, device, "fp32")
         self.trainer.transport = TimedTransport(self.trainer.transport, self.clock)
@@ -105,9 +120,11 @@ class Runner:
         self.model = model = self.trainer.model
         self.initial = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
         trained = [p for p in model.parameters() if p.requires_grad]
+        self.alignment = align_width and Alignment(model, FEATURES, width=align_width).to(device)
+        self.alignment_optimizer = align_width and build_optimizer(self.alignment, LR)
         self.official_optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
         self.space = LatentSpace("ema", device, scale=0.18215, shift=0.0)  # its autoencoder is never loaded
-        self.shape = (model.in_channels, model.input_size, model.input_size)
+        self.shape = model.latent_shape
         self.forwards = {None: model.forward_embedded}
         precision.compile_training(model, "one process")
         self.forwards["model"] = model.forward_embedded
@@ -133,6 +150,9 @@ class Runner:
             moments[:, 1] = 0.1 * moments[:, 1].abs()
             y = torch.randint(0, self.model.num_classes, (self.batch_size,), generator=g)
             batch = {"moments": moments / self.space.scale, "y": y}
+            if self.alignment:
+                shape = (self.batch_size, self.model.pos_embed.shape[1], FEATURES)
+                batch["features"] = torch.randn(shape, generator=g).half()
             if self.device.type == "cuda":
                 batch = {key: value.pin_memory() for key, value in batch.items()}
             batches.append(batch | {"problems": []})
@@ -141,7 +161,10 @@ class Runner:
     def use(self, row):
         """Set the trainer to a row."""
         precision.resolve_precision(row.precision, self.device, on_gpu="tf32")
-        self.trainer.precision, self.model.grad_checkpoint = row.precision, row.grad_checkpoint
+        self.trainer.precision, self.trainer.route = row.precision, row.route
+        self.model.grad_checkpoint = row.grad_checkpoint
+        self.trainer.losses = self.trainer.wrapped_losses = [self.alignment] if row.aligned else []
+        self.trainer.loss_optimizers = {"alignment": self.alignment_optimizer} if row.aligned else {}
         precision.choose_attention(self.model, self.device, row.precision)
         forwards = self.block_forwards["blocks" if row.compiled == "blocks" else None]
         for block, forward in zip(self.model.blocks, forwards, strict=True):
@@ -155,11 +178,12 @@ class Runner:
         trainer, mark = self.trainer, self.clock.mark
         mark(None)
         batch = next(self.batches)
-        draws = draw_randomness(0, self.steps, self.batch_size, slice(None), self.shape, self.device)
-        uniform, drop, x0, posterior_noise = draws
+        where = 0, self.steps, self.batch_size, slice(None)
+        uniform, drop, x0, posterior_noise = draw_randomness(*where, self.shape, self.device)
+        kept = trainer.draw_kept(*where)
         t, x1 = trainer.transport.times(uniform), self.space.sample(batch["moments"], posterior_noise)
         mark("data")
-        losses, _ = trainer.forward_backward(batch, x1, t, x0, drop < DROPOUT)
+        losses, _ = trainer.forward_backward(batch, x1, t, x0, drop < DROPOUT, kept)
         mark("backward")
         self.steps += 1
         loss = self._official_update(losses) if row.official else self._update(losses, t)
@@ -289,20 +313,22 @@ def measure(runner, rows, rounds, steps):
 def add_comparisons(results, rows, losses, flops, device):
     """Add to the results of rows their throughput and losses relative to the first row's, FLOP/s and MFU.
 
-    A comparison is None if the first row does not fit into memory, and MFU if the device's peak is not known.
+    `flops` are those of an image of each row. A comparison is None if the first row does not fit into memory, and MFU
+    if the device's peak is not known.
     """
     first = results.get(rows[0].name)
-    for row in rows:
+    for above, row in zip([rows[0], *rows], rows, strict=False):
         if row.name not in results:
             continue
         result, peak = results[row.name], costs.peak_flops(device, row.precision)
-        rate = result["images_per_second"]
-        pairs = first and zip(losses[row.name], losses[rows[0].name], strict=True)
+        rate, base = result["images_per_second"], results.get(above.name) if row.is_option else first
+        compares = first and not row.is_option
+        pairs = zip(losses[row.name], losses[rows[0].name], strict=True) if compares else None
         result |= {
-            "ratio": first and rate / first["images_per_second"],
-            "loss_difference": first and max(abs(a - b) / b for a, b in pairs),
-            "flops_per_second": rate * flops,
-            "mfu": peak and rate * flops / peak,
+            "ratio": base and rate / base["images_per_second"],
+            "loss_difference": pairs and max(abs(a - b) / b for a, b in pairs),
+            "flops_per_second": rate * flops[row.name],
+            "mfu": peak and rate * flops[row.name] / peak,
         }
 
 
@@ -342,6 +368,10 @@ def build_parser():
     add("--steps", at_least_one, "N", "steps of a row in a round (default: 10 on a GPU, 2 on a CPU)")
     add("--check-steps", at_least_one, "N", "steps whose losses are compared", default=20)
     add("--rows", command_line.integer(0), "N", "rows to measure, of 0 to 5; the first is always measured", nargs="+")
+    route = "measure each row a second time, in which a share of the tokens skips blocks, as in train.py"
+    add("--route", command_line.number(0), ("FROM", "TO", "SHARE"), route, nargs=3)
+    align = "measure each row a second time, with cached features aligned by --align's MLP of this width"
+    add("--align-width", at_least_one, "N", align)
     measuring.add_json_flag(add)
     return parser
 
@@ -357,10 +387,16 @@ def main():
         rows = measuring.choose(rows_for(device), args.rows)
         name = args.model or ("SiT-XL/2" if on_gpu else "SiT-S/2")
         config = measuring.model_config(name, args.image_size)
-        flops = costs.training_flops(config)
+        route, aligned = read_route(args.route, config["depth"]), args.align_width is not None
+        if option := ", routed" * (route is not None) + ", aligned" * aligned:
+            how = dict(route=route, aligned=aligned)
+            pairs = ((row, dataclasses.replace(row, name=f"{row.name}{option}", **how)) for row in rows)
+            rows = list(itertools.chain(*pairs))
     batch_size, steps = args.batch_size or (64 if on_gpu else 8), args.steps or (10 if on_gpu else 2)
     torch.manual_seed(0)
-    runner = Runner(config, batch_size, device)
+    runner = Runner(config, batch_size, device, args.align_width)
+    parts = {row.name: [runner.alignment] if row.aligned else [] for row in rows}
+    flops = {row.name: costs.training_flops(config, row.route, parts[row.name]) for row in rows}
 
     # Check that all rows compute the same, which also compiles; then measure how fast they do.
     losses = {row.name: losses_of(runner, row, args.check_steps) for row in rows}
@@ -373,7 +409,9 @@ def main():
 
     tokens = measuring.num_tokens(config)
     print(f"{name} at {args.image_size}, {tokens} tokens, batches of {batch_size}; {measuring.machine(device)}")
-    print(f"{flops / 1e9:.1f} GFLOPs per image (forward and backward, two per multiply-add)\n")
+    least, most = (f"{pick(flops.values()) / 1e9:.1f}" for pick in (min, max))
+    both = f"{most}, routed {least}," if route else most if least == most else f"{least}, aligned {most},"
+    print(f"{both} GFLOPs per image (forward and backward, two per multiply-add)\n")
     print_results(rows, results, args.check_steps)
     if not on_gpu:
         print("\non a GPU: not measured")

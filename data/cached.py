@@ -1,6 +1,7 @@
 """Cached latents: shards of posterior moments, which extract_latents.py writes and train.py reads."""
 
 import contextlib
+import math
 import os
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,14 @@ import torch
 from torch.utils.data import Dataset
 
 from data.images import label_problem
-from utils import files
+from utils import encoders, files
+from utils.sizes import is_size
 from utils.weights import class_names
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
-SIZES = ("image_size", "channels", "latent_size", "num_classes")  # keys of a manifest that are positive integers
+SIZES, COUNTS = ("image_size", "latent_size"), ("channels", "num_classes")  # keys of a manifest
+CONSTANT = 1e-6  # standard deviation of a channel that is only rounded, in units of its mean or 1
+FEATURES = {"encoder": str, "sha256": str, "grid": list, "width": int}  # of the patch features in the shards
 OTHER_KEYS = {"vae": str, "mirrors": bool, "scale": (int, float, list), "shift": (int, float, list)}
 
 
@@ -37,12 +41,18 @@ class CachedLatents(Dataset):
         manifest = files.read_json(path)
         problem = f"{path} is damaged or was not written by extract_latents.py"
         with files.named(problem, (ValueError, KeyError, TypeError)):
-            for key, kind in (dict.fromkeys(SIZES, int) | OTHER_KEYS).items():
-                if not isinstance(manifest[key], kind) or (key in SIZES and manifest[key] < 1):
+            kinds = dict.fromkeys(SIZES, (int, list)) | dict.fromkeys(COUNTS, int) | OTHER_KEYS
+            for key, kind in kinds.items():
+                if not isinstance(manifest[key], kind) or (key in SIZES + COUNTS and not is_size(manifest[key])):
                     raise ValueError(f"{key} is {manifest[key]!r}")
-                if isinstance(manifest[key], list) and not np.isfinite(manifest[key]).shape == (manifest["channels"],):
+                is_list = key in OTHER_KEYS and isinstance(manifest[key], list)
+                if is_list and not np.isfinite(manifest[key]).shape == (manifest["channels"],):
                     raise ValueError(f"{key} is {manifest[key]!r}, not one number per channel")
                 setattr(self, key, manifest[key])
+            self.features, self.with_features = manifest.get("features"), False
+            for key, kind in FEATURES.items() if self.features is not None else ():
+                if not isinstance(self.features[key], kind):
+                    raise ValueError(f"{key} of the features is {self.features[key]!r}")
             paths = [self.folder / shard["file"] for shard in manifest["shards"]]
             with ThreadPoolExecutor() as threads:
                 problems = list(threads.map(files.problem_with, paths, manifest["shards"]))
@@ -58,6 +68,7 @@ class CachedLatents(Dataset):
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{path} names {len(self.class_names)} classes and has {self.num_classes}")
         self.stores_images, self.with_images = manifest.get("keep_images", False), False
+        self.scaled_by_data = manifest.get("channel_statistics", False)  # and not by the autoencoder's config
         self.shards = {}  # open ones, by process and number
 
     def require_images(self):
@@ -65,6 +76,19 @@ class CachedLatents(Dataset):
         if not self.stores_images:
             raise ValueError(f"{self.folder} stores no images; make latents with extract_latents.py --keep-images")
         self.with_images = True
+
+    def require_features(self, encoder, grid):
+        """Add "features" to the items: float16 (h * w, width), of the image's patches, mirrored if flip.
+
+        Raise ValueError unless they are stored, of `encoder`, a name in timm or a folder, and on a grid (h, w)."""
+        there = self.features
+        if not encoders.is_same(encoder, there["encoder"], there["sha256"]):
+            raise ValueError(f"--align {encoder}: the features in {self.folder} are of {there['encoder']}")
+        if there["grid"] != list(grid):
+            sides = [" x ".join(map(str, sides)) for sides in (there["grid"], grid)]
+            problem = f"the features in {self.folder} are of {sides[0]} patches, and the model has {sides[1]} tokens"
+            raise ValueError(f"{problem}; extract_latents.py --patch-size decides it")
+        self.with_features = True
 
     def __len__(self):
         return self.num_examples
@@ -84,6 +108,8 @@ class CachedLatents(Dataset):
         if self.with_images:
             image = shard.get_slice("images")[row] / 127.5 - 1
             item["images"] = image.flip(-1) if flip else image
+        if self.with_features:
+            item["features"] = shard.get_slice("features")[row, int(flip)]
         return item
 
 
@@ -108,7 +134,8 @@ class ShardWriter:
         with files.named(f"--output {self.folder}"):
             files.lock(self.folder, f"another process is writing to --output {self.folder}; wait for it, or {advice}")
             files.keep_settings(path, self.settings, advice, "extract_latents.py")
-        files.check_same_settings(path, {"keep_images": None} | self.settings, advice)
+        options = dict.fromkeys(("keep_images", "features", "channel_statistics"))
+        files.check_same_settings(path, options | self.settings, advice)
 
     def missing(self):
         """Return the numbers of the shards that are to be written. A damaged shard is named and written again."""
@@ -133,16 +160,25 @@ class ShardWriter:
         with files.named(f"{path} cannot be written", kinds), files.written_whole(path) as partial:
             safetensors.torch.save_file(tensors, partial)
             entry = {"file": path.name, "examples": len(tensors["labels"]), **files.manifest_entry(partial)}
+            if self.settings.get("channel_statistics"):
+                entry["sums"] = channel_sums(tensors["moments"])
             files.write_json(path.with_suffix(".json"), entry | {"left_out": left_out})
 
     def finish(self):
-        """Write the manifest: settings, class names and the entries of all shards. Raise ValueError if that fails."""
-        entries = [self._entry(k) for k in range(len(self.paths))]
+        """Write the manifest: settings, class names and the entries of all shards. Return lines for the user.
+
+        Raise ValueError if that fails."""
+        entries, lines = [self._entry(k) for k in range(len(self.paths))], []
         named = {"class_names": self.class_names} if self.class_names else {}
+        if self.settings.get("channel_statistics"):
+            scaling, constant = channel_statistics([entry["sums"] for entry in entries])
+            named |= scaling
+            lines = [f"channel {channel} is constant: it is shifted, and not scaled" for channel in constant]
         with files.named(self.folder / MANIFEST):
             files.write_json(self.folder / MANIFEST, self.settings | named | {"shards": entries})
         for path in self.paths:
             path.with_suffix(".json").unlink(missing_ok=True)
+        return lines
 
     def _entry(self, k):
         """Return the entry of shard k: from its own file, or else from the manifest. Without either, none fits it."""
@@ -153,8 +189,37 @@ class ShardWriter:
             return {"bytes": None}
 
 
+def channel_sums(moments):
+    """Return the number of sampled values in each channel, and the expected sums of them and of their squares.
+
+    `moments` is (N, 2, 2, C, h, w), mean and standard deviation of the posteriors of N images and of their mirror
+    images; the expected square of a sample is mean^2 + std^2. NumPy's sums of float64 depend on no number of threads.
+    Raise ValueError if one is not finite."""
+    sums = {"values": moments[:, :, 0, 0].numel(), "sum": [], "squares": []}
+    for channel in moments.unbind(3):  # one at a time: in float64 a whole shard takes twice its memory
+        mean, std = (part.numpy() for part in channel.double().unbind(2))
+        sums["sum"].append(float(mean.sum()))
+        sums["squares"].append(float((mean**2 + std**2).sum()))
+    if not np.isfinite(sums["squares"]).all():
+        raise ValueError("latents are not finite, or too large for --dtype float16")
+    return sums
+
+
+def channel_statistics(sums):
+    """Return ({"scale": 1 / std, "shift": mean}, each a list of C floats, the constant channels, whose scale is 1).
+
+    `sums` are the `channel_sums` of parts of the data; their order changes nothing."""
+    count = max(1, sum(part["values"] for part in sums))
+    columns = (zip(*(part[key] for part in sums), strict=True) for key in ("sum", "squares"))
+    mean, square = (np.array([math.fsum(column) / count for column in rows]) for rows in columns)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    constant = std <= CONSTANT * np.maximum(abs(mean), 1)
+    scaling = {"scale": (1 / np.where(constant, 1, std)).tolist(), "shift": mean.tolist()}
+    return scaling, np.flatnonzero(constant).tolist()
+
+
 def size_of_stopped(folder):
     """Return the image size of an extraction into `folder` that was stopped, which continues with it; else None."""
     with contextlib.suppress(ValueError):
         size = files.read_json(folder / SETTINGS).get("image_size")
-        return size if type(size) is int and size > 0 else None
+        return size if is_size(size) else None

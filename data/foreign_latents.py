@@ -73,7 +73,7 @@ class ForeignLatents(Dataset):
                 raise ValueError(f"--vae {vae} makes {found}, and {what} have {self.channels} channels")
             size = self.latent_size * downsampling
             fits = f"{size}, {downsampling} times their side"
-        if image_size not in (None, size) or size % self.latent_size:
+        if image_size not in (None, size) or isinstance(size, list) or size % self.latent_size:
             raise ValueError(f"--image-size {image_size} does not fit {what}: it must be {fits}")
         if num_classes is not None and num_classes < self.num_classes:
             raise ValueError(f"--num-classes {num_classes}: {what} have labels up to {self.num_classes - 1}")

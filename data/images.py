@@ -12,6 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from utils.files import one_line
 from utils.grids import to_uint8
+from utils.sizes import pair
 
 PATIENCE = 1000  # examples that are tried in place of a bad one
 MOST_FILE_PIXELS = 1_000_000_000  # of an image file, 4 GB once decoded; PIL alone refuses more than 179 million
@@ -54,15 +55,19 @@ def first_good(read, index, count):
 
 
 def center_crop(image, size):
-    """Crop as ADM does: halve with a box filter while twice too large, resize the short side bicubically, crop."""
-    while min(image.size) >= 2 * size:
+    """Crop to an integer size as ADM does: halve with a box filter while twice too large, resize bicubically, crop.
+
+    The image is resized until its short side has the size or, for a pair (height, width), until it just covers that."""
+    wanted = pair(size)[::-1]  # (width, height), as PIL has it
+    while all(side >= 2 * least for side, least in zip(image.size, wanted, strict=True)):
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(least / side for side, least in zip(image.size, wanted, strict=True))
     resized = tuple(round(side * scale) for side in image.size)
-    left, top = ((side - size) // 2 for side in resized)
-    if scale > 1 and max(resized) > LONG_SIDE * size:  # 1 x 60,000 pixels would become gigabytes
-        return _enlarge_part(image, resized, (left, top, left + size, top + size))
-    return image.resize(resized, resample=Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    left, top = ((side - least) // 2 for side, least in zip(resized, wanted, strict=True))
+    crop = left, top, left + wanted[0], top + wanted[1]
+    if scale > 1 and max(resized) > LONG_SIDE * max(wanted):  # 1 x 60,000 pixels would become gigabytes
+        return _enlarge_part(image, resized, crop)
+    return image.resize(resized, resample=Image.Resampling.BICUBIC).crop(crop)
 
 
 def _enlarge_part(image, resized, crop):
@@ -101,9 +106,9 @@ class ImageDataset(Dataset):
     """The images of a `Source` as tensors: `channels` is 1 for grey, 3 for RGB; labels must be below `num_classes`.
 
     The key of an item is (index, flip): the sampler decides all that is random, so workers have no state. An item is
-    {"images": float32 (channels, image_size, image_size) in [-1, 1], mirrored if `flip`, "y": int, "problems": []}. If
-    the example is bad, the next good one takes its place, and "problems" holds one line that says so. Raise ValueError
-    if PATIENCE examples in a row are bad."""
+    {"images": float32 (channels, H, W) in [-1, 1], mirrored if `flip`, "y": int, "problems": []}; `image_size` is H = W
+    or a pair (H, W). If the example is bad, the next good one takes its place, and "problems" holds one line that says
+    so. Raise ValueError if PATIENCE examples in a row are bad."""
 
     def __init__(self, source, image_size, channels, num_classes=None):
         self.source, self.image_size, self.mode = source, image_size, {1: "L", 3: "RGB"}[channels]
@@ -136,7 +141,7 @@ class ImageDataset(Dataset):
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         # In NumPy: PyTorch's threads, on so small a tensor, slow a loader without worker processes several times.
-        pixels = np.asarray(image, dtype=np.float32).reshape(self.image_size, self.image_size, -1)  # (H, W, C)
+        pixels = np.asarray(image, dtype=np.float32).reshape(*pair(self.image_size), -1)  # (H, W, C)
         pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1)) / 127.5 - 1  # (C, H, W)
         return {"images": torch.from_numpy(pixels), "y": label, "problems": []}
 

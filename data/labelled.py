@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from data.images import label_problem
 from utils.files import named, one_line
+from utils.sizes import pair
 
 MOST_CLASSES = 1_000_000  # a larger label is taken for a mistake
 DEFAULT_SIZE = 256  # of images that have no common one
@@ -91,7 +92,7 @@ class Source:
         return sizes
 
     def choose_image_size(self, given, multiple):
-        """Return --image-size if `given`; else the size of all images, if they are squares that `multiple` divides.
+        """Return --image-size if `given`, also (H, W); else that of all images, if they are squares in `multiple`s.
 
         Without either, it is DEFAULT_SIZE. Add lines to `notes` that say what was chosen, and what is enlarged."""
         chosen, sizes = given or self.image_size, [(self.image_size, self.image_size)] * bool(self.image_size)
@@ -101,7 +102,8 @@ class Source:
             chosen = sizes[0][0]
             self.notes.append(f"--image-size {chosen}, the size of all images")
         chosen = chosen or DEFAULT_SIZE
-        small, what = [size for size in sizes if min(size) < chosen], f"enlarged to {chosen} x {chosen}"
+        height, width = pair(chosen)
+        small, what = [size for size in sizes if size[0] < width or size[1] < height], f"enlarged to {width} x {height}"
         smallest = "{} x {}".format(*min(small, key=min, default=(0, 0)))
         if small and len(set(sizes)) == 1:
             why = "" if given or small[0][0] % multiple == 0 else f", which is no multiple of {multiple},"

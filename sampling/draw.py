@@ -28,6 +28,7 @@ class SampleSettings:
     cfg_interval: tuple = guidance.WHOLE  # the times between which to guide
     seed: int = 0  # of the noise of all images
     guidance: Callable | None = None  # a rule of sampling/guidance.py in place of classifier-free guidance
+    internal_guidance: tuple | None = None  # (scale, low, high) of `guidance.Network`
 
     def sampler(self, transport, noise=None):
         """Return the sampling function of `Sampler`; `noise` is the `ImageNoise` of an SDE. Raise ValueError."""
@@ -57,7 +58,7 @@ class SampleSettings:
         return ADAPTIVE_GROUP if nfe_per_step is None else batch_size
 
 
-def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed):
+def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed, internal_guidance=None):
     """Return the `SampleSettings` of flags, which are None where not given. Raise ValueError if they do not fit."""
     if mode == "ODE":
         check_tolerances(solver["sampling_method"], solver["atol"], solver["rtol"], torch.float32)  # of the noise
@@ -67,7 +68,8 @@ def resolve_settings(pipeline, mode, solver, cfg_scale, cfg_interval, seed):
     low, high = cfg_interval or guidance.WHOLE
     if not low < high:
         raise ValueError(f"--cfg-interval {low:g} {high:g} is empty: LO must lie below HI")
-    settings = SampleSettings(mode, solver, cfg_scale, (low, high), seed)
+    internal = guidance.resolve_internal(internal_guidance, pipeline.model)
+    settings = SampleSettings(mode, solver, cfg_scale, (low, high), seed, internal_guidance=internal)
     settings.sampler(pipeline.transport)
     if pipeline.guide is not None and cfg_scale != 1:
         grid = solver.get("time_grid")
@@ -104,8 +106,8 @@ class GuidedModel:
     A compiled network gets batches of one size: the last one is filled up with copies of its last row. `nfe` counts
     calls, and `forward_passes` those of the networks per image, two for a call with guidance."""
 
-    def __init__(self, pipeline, rule, batch_size, bar):
-        self.network, self.rule = guidance.Network(pipeline), rule
+    def __init__(self, pipeline, rule, batch_size, bar, internal_guidance=None):
+        self.network, self.rule = guidance.Network(pipeline, internal=internal_guidance), rule
         self.batch_size, self.fill, self.bar = batch_size, pipeline.compiled, bar
         self.nfe, self.forward_passes = 0, 0
 
@@ -139,7 +141,7 @@ def draw(pipeline, labels, settings, *, first_index=0, batch_size=64, show_progr
             indices = range(first_index + start, first_index + start + len(y))
             noise = ImageNoise(settings.seed, indices, pipeline.device)
             sample = settings.sampler(pipeline.transport, noise)
-            model = GuidedModel(pipeline, rule, batch_size, bar)
+            model = GuidedModel(pipeline, rule, batch_size, bar, settings.internal_guidance)
             watched = model if record is None else record.watch(model, len(y))
             drawn.append(sample(noise.draw(pipeline.latent_shape), watched, y=y)[-1])
             nfe, forward_passes = max(nfe, model.nfe), max(forward_passes, model.forward_passes)
@@ -199,6 +201,9 @@ def describe(pipeline, settings):
     named = {"guidance": f"{getattr(rule, 'func', rule).__name__} {getattr(rule, 'keywords', {})}"} if rule else {}
     if guide is not None and (guided or rule):
         named["guide"] = {"model": guide.model_config, "prediction": guide.transport.prediction}
+    if settings.internal_guidance is not None:
+        named["internal_guidance"] = list(settings.internal_guidance)
+        named["guided_channels"] = min(pipeline.guided_channels or channels, channels)
     return description | named
 
 
@@ -213,6 +218,10 @@ def summary(description):
         where = "" if (low, high) == guidance.WHOLE else f" for t in [{low:g}, {high:g}]"
         auto, by = ("auto", f" by {d.get('guide_ckpt', 'another model')}") if "guide" in d else ("", "")
         rule = f"{auto}guidance {d['cfg_scale']:g}{by} on {d['guided_channels']} of {d['channels']} channels{where}"
+    if "internal_guidance" in d:
+        scale, low, high = d["internal_guidance"]
+        where = "" if (low, high) == guidance.WHOLE else f" for t in [{low:g}, {high:g}]"
+        rule = f"{rule}, internal guidance {scale:g}{where}"
     times = d.get("time_grid")
     grid = f", {times} grid" if isinstance(times, str) else f", {len(times)} given times" if times else ""
     trained = f", {d['path'].removesuffix('Path')} {d['prediction']}" if "path" in d else ""

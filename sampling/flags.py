@@ -5,7 +5,7 @@ import os
 import transport
 from models import SiT_models
 from utils import command_line
-from utils.command_line import flag_group, flag_name, integer, location, number, one_of
+from utils.command_line import flag_group, flag_name, integer, location, number, one_of, size
 from utils.files import named, read_json
 from utils.precision import DTYPES
 from utils.weights import TRANSPORT_KEYS
@@ -20,7 +20,8 @@ WEIGHTS_FLAGS = ("ema", "model", "image_size", "num_classes", "num_heads", "vae"
 GUIDE_FLAGS = ("guide_ckpt", "guide_ema")
 SOLVER_FLAGS = ("num_sampling_steps", "time_grid", "time_shift", *(ODE_DEFAULTS | SDE_DEFAULTS))
 FAR_OFF = 0.02  # of a time from an end of [0, 1], where images lack or keep noise
-GRID_KEYS = ("mode", "path", "prediction", "sampling_method", "cfg_scale", "cfg_interval")  # for which a grid is tuned
+# For which a grid is tuned.
+GRID_KEYS = ("mode", "path", "prediction", "sampling_method", "cfg_scale", "cfg_interval", "internal_guidance")
 
 
 def add_sampling_flags(parser):
@@ -33,9 +34,11 @@ def add_sampling_flags(parser):
     add("--cfg-scale", number(), "S", scale)
     guide = "smaller or less trained model, to guide by it in place of the null class (autoguidance); as --ckpt"
     add("--guide-ckpt", location, "PATH|NAME|URL", guide)
-    add("--guide-ema", str, "NAME", "EMA of --guide-ckpt (default: ema)")
+    add("--guide-ema", str, "NAME|SIGMA_REL", "EMA of --guide-ckpt (default: ema)")
     interval = "guide at times in [LO, HI] alone; 0 is noise, 1 data (default: 0 1)"
     add("--cfg-interval", number(0, closed=1), ("LO", "HI"), interval, nargs=2)
+    internal = "guide by the inner head of a model, too, by W (1 is none), at times in [LO, HI] alone (default: 0 1)"
+    add("--internal-guidance", number(), "W [LO HI]", internal, nargs="+")
     channels = "leading channels that are guided (default: all for checkpoints of train.py; 3 for released weights)"
     add("--guided-channels", lambda text: text if text == "all" else integer(1)(text), "N|all", channels)
     add = flag_group(parser, "speed")
@@ -50,13 +53,15 @@ def add_weights_flags(parser, with_space=True):
     add = flag_group(parser, "weights", text)
     ckpt = "run or checkpoint folder, .pt, .safetensors, released model, hub name, URL (default: released, of --model)"
     add("--ckpt", location, "PATH|NAME|URL", ckpt)
-    add("--ema", str, "NAME", "EMA of a checkpoint of train.py, by its file's name (default: ema)")
+    ema = "EMA of a checkpoint of train.py: its file's name, or a sigma_rel to reconstruct, as 0.13 (default: ema)"
+    add("--ema", str, "NAME|SIGMA_REL", ema)
     names = f"one of {', '.join(SiT_models)} (default: by the weights' shapes; SiT-XL/2 without --ckpt)"
     add("--model", one_of(*SiT_models), "NAME", names)
     add("--num-classes", integer(1), "N", "number of classes (default: by the weights' shapes)")
     add("--num-heads", integer(1), "N", "attention heads (default: by the width, for the known sizes)")
     if with_space:
-        add("--image-size", integer(1), "PIXELS", "size of the images (default: the checkpoint's; 256 without --ckpt)")
+        sizes = "size of the images; positions are scaled to those of training (default: its; 256 without --ckpt)"
+        add("--image-size", size, "PIXELS|HxW", sizes)
         vae = "autoencoder that decodes: ema or mse (stabilityai/sd-vae-ft-*), none for pixels, a hub name, a folder"
         add("--vae", location, "ema|mse|none|NAME|FOLDER", f"{vae} (default: the checkpoint's, or ema)")
 
@@ -111,6 +116,7 @@ def add_solver_flags(parser):
 def without_effect(changed, mode, solver, cfg_scale=None, in_pixels=False, more=()):
     """Return a line for each flag in `Parser.changed` that these settings, or `more` rules, leave without effect."""
     method = solver["sampling_method"]
+    unguided = () if "internal_guidance" in changed else ("guided_channels",)
     adaptive, tolerant = (method in m for m in (transport.ADAPTIVE_ODE_METHODS, transport.TOLERANT_ODE_METHODS))
     rules = [
         *more,
@@ -119,7 +125,7 @@ def without_effect(changed, mode, solver, cfg_scale=None, in_pixels=False, more=
         (mode == "ODE" and not tolerant, ("atol", "rtol"), f"on {method}, whose steps are fixed"),
         (mode == "SDE" and solver.get("last_step") is None, ("last_step_size",), "with --last-step none"),
         (not isinstance(solver.get("time_grid", ""), str), ("last_step_size", "sample_eps"), "on a given --time-grid"),
-        (cfg_scale == 1, ("guided_channels", *GUIDE_FLAGS), "with --cfg-scale 1, which is no guidance"),
+        (cfg_scale == 1, (*unguided, *GUIDE_FLAGS), "with --cfg-scale 1, which is no guidance"),
         ("guide_ckpt" not in changed, ("guide_ema",), "without --guide-ckpt"),
         (in_pixels, ("vae_precision",), "on pixels, which need no autoencoder"),
     ]
@@ -194,7 +200,7 @@ def read_time_grid(words):
 def grid_notes(words, description):
     """Return lines on a --time-grid that was made for other settings than `description`, or begins or ends far off."""
     times, made = read_time_grid(words) if words else ("", {})
-    other = [f"{key} {made[key]}" for key in GRID_KEYS if made.get(key, description[key]) != description[key]]
+    other = [f"{key} {made[key]}" for key in GRID_KEYS if made.get(key, now := description.get(key)) != now]
     lines = [f"--time-grid {words[0]} was made for {', '.join(other)}"] if other else []
     if isinstance(times, list) and times[0] > FAR_OFF:
         lines.append(f"--time-grid begins at t = {times[0]:g}, and pure noise is x_t at t = 0")

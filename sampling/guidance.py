@@ -17,9 +17,13 @@ class Network:
 
     `num_classes` is the index of the null class, `guide` the `Network` of the pipeline's guide or None. A guide's
     output is converted to the `prediction` of the network that it guides. `rows` counts the rows of all calls of both.
-    """
 
-    def __init__(self, pipeline, prediction=None):
+    With `internal` = (scale, low, high) the output at times in [low, high] is inner + scale (output - inner), at no
+    further row, where inner is what the network's inner head predicts (internal guidance, Zhou et al. 2025). A rule
+    then applies to such outputs, classifier-free guidance as in the paper to both. `guided_channels` are as there."""
+
+    def __init__(self, pipeline, prediction=None, internal=None):
+        self.internal, self.guided_channels = internal, pipeline.guided_channels
         self.model, self.device, self.precision = pipeline.model, pipeline.device, pipeline.precision
         self.transport, self.prediction = pipeline.transport, prediction
         self.num_classes = pipeline.model.num_classes
@@ -33,6 +37,10 @@ class Network:
     def __call__(self, x, t, y):
         self.own_rows += len(x)
         with autocast(self.device, self.precision):
+            if self.internal is not None and is_within(t, *self.internal[1:]):
+                output, (patches,) = self.model(x, t, y, hidden_blocks=("inner",))
+                inner = self.model.unpatchify(patches)[:, : self.model.in_channels]
+                return _extrapolate(inner.to(x.dtype), output.to(x.dtype), self.internal[0], self.guided_channels)
             output = self.model(x, t, y)
         # A copy: a model that is recorded as CUDA graphs overwrites its output in the next call.
         output = output.to(x.dtype, copy=True)
@@ -64,7 +72,29 @@ def _extrapolate(worse, better, scale, channels):
 
 def in_interval(network, x, t, y, *, rule, low, high):
     """Apply a rule at times in [low, high], and no guidance outside (Kynkäänniemi et al. 2024)."""
-    return rule(network, x, t, y) if low <= t.item() <= high else network(x, t, y)
+    return rule(network, x, t, y) if is_within(t, low, high) else network(x, t, y)
+
+
+def is_within(t, low, high):
+    """Return whether a time t (1,) lies in [low, high], for which the host waits unless all times do."""
+    return (low, high) == WHOLE or low <= t.item() <= high
+
+
+def resolve_internal(words, model):
+    """Return (W, LO, HI) of --internal-guidance, W or all three; None if not given, or for 1, which is no guidance.
+
+    Raise ValueError if they are not such numbers, or the model has no inner head."""
+    if words is None:
+        return None
+    name = f"--internal-guidance {' '.join(f'{word:g}' for word in words)}"
+    if len(words) not in (1, 3):
+        raise ValueError(f"{name} must be W or W LO HI")
+    scale, low, high = (*words, *WHOLE)[:3]
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"{name}: LO must lie below HI, and both in [0, 1]")
+    if model.inner_head is None:
+        raise ValueError(f"{name} needs a model with an inner head, trained with --inner-head")
+    return None if scale == 1 else (scale, low, high)
 
 
 def resolve_cfg_scale(cfg_scale, model, guide=None):

@@ -11,7 +11,15 @@ from transport import Transport, create_transport
 from utils import distributed, hub, precision
 from utils.command_line import flag_name
 from utils.files import named, one_line
-from utils.weights import TRANSPORT_KEYS, build_model, class_names, load_weights, model_config_from_shapes
+from utils.sizes import pair, scaled, size_name
+from utils.weights import (
+    TRANSPORT_KEYS,
+    build_model,
+    build_on_meta,
+    class_names,
+    load_weights,
+    model_config_from_shapes,
+)
 
 # The classes of the official sample.py: golden retriever, otter, red panda, geyser, macaw, valley, balloon, arctic fox.
 SHOWN_IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -35,13 +43,13 @@ class Pipeline:
     @property
     def latent_shape(self):
         """(C, H, W) of what the network draws."""
-        return self.model.in_channels, self.model.input_size, self.model.input_size
+        return self.model.in_channels, *pair(self.model.input_size)
 
     @property
     def image_shape(self):
         """(H, W, C) of the decoded images."""
-        side = self.model.input_size * self.space.downsampling
-        return side, side, self.model.in_channels if self.space.in_pixels else 3
+        height, width = pair(scaled(self.model.input_size, self.space.downsampling))
+        return height, width, self.model.in_channels if self.space.in_pixels else 3
 
     def speed_up(self, dtype_name, compiled):
         """Compute in a precision of `precision.DTYPES`, compiled or not. The networks are changed in place."""
@@ -75,7 +83,7 @@ def load_pipeline(
     are flags of `flags.WEIGHTS_FLAGS`, which describe weights without a config. Rank 0 says what it loads and assumes.
     Raise ValueError if the weights are missing or do not fit, a flag contradicts them, or the guide is of other latents
     or classes, or of another path."""
-    weights = _read(ckpt or f"{given.get('model', 'SiT-XL/2')}-{given.get('image_size', 256)}", ema)
+    weights = _read(ckpt or f"{given.get('model', 'SiT-XL/2')}-{size_name(given.get('image_size', 256))}", ema)
     latents = weights.config.get("latents", {})  # has a scale and a shift if these are not the autoencoder's own
     vae = given.get("vae") or latents.get("vae", "ema")
     if distributed.rank() == 0:
@@ -83,14 +91,15 @@ def load_pipeline(
             print(note, flush=True)
     config, model, transport = _build(weights, given)
     downsampling, channels = autoencoders.geometry(vae, model.in_channels)
-    image_size = model.input_size * downsampling
+    image_size = scaled(model.input_size, downsampling)
     if weights.config.get("project") and latents.get("image_size", image_size) != image_size:
-        makes = f"trained at resolution {latents['image_size']}, with --vae {vae} they make {image_size} pixels"
+        pixels = size_name(image_size)
+        makes = f"trained at resolution {latents['image_size']}, with --vae {vae} they make {pixels} pixels"
         raise ValueError(f"{weights.path} holds {weights.config['project']}; {makes}")
     if channels != model.in_channels:
         raise ValueError(f"the weights take {model.in_channels} channels, but --vae {vae} makes {channels}")
     if given.get("image_size", image_size) != image_size:
-        raise ValueError(f"--image-size {given['image_size']} contradicts the weights, which make {image_size} pixels")
+        config, model = _at_another_size(weights, config, model, given["image_size"], downsampling)
     if guided_channels not in (None, "all") and guided_channels > model.in_channels:
         raise ValueError(f"--guided-channels {guided_channels}: the model has {model.in_channels}")
     guided_channels = guided_channels or weights.guided_channels
@@ -125,6 +134,8 @@ def _load_guide(pipeline, scaling, ckpt, ema, given):
         ):
             assumed |= {key: given[key] for key in ("num_heads",) if key in given}
     config, model, transport = _build(weights, assumed)
+    if pipeline.model_config.get("trained_size") and model.input_size != pipeline.model.input_size:
+        config, model = _at_another_size(weights, config, model, scaled(pipeline.model.input_size))
     guide = dataclasses.replace(pipeline, model=model, transport=transport, model_config=config)
     vae, space = latents.get("vae", autoencoders.UNKNOWN_VAE), pipeline.space.name
     is_known = vae != autoencoders.UNKNOWN_VAE
@@ -156,6 +167,28 @@ def _build(weights, given):
         return config, build_model(config, weights), create_transport(**_transport_config(weights, given))
     except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
         raise ValueError(f"{weights.path}: its configuration is damaged: {one_line(error)}") from error
+
+
+def _at_another_size(weights, config, trained, image_size, downsampling=1):
+    """Return (arguments of SiT, the SiT on the meta device) of weights for images of another size than `trained`.
+
+    The positions of the tokens are scaled to those of training; rank 0 says so. Raise ValueError if the size does not
+    divide, or the weights' own positions are no sines and cosines."""
+    multiple, trained_size = downsampling * trained.patch_size, scaled(trained.input_size)
+    pixels = size_name(scaled(trained_size, downsampling))
+    problem = f"--image-size {size_name(image_size)} contradicts the weights, which make {pixels} pixels"
+    if any(side % multiple for side in pair(image_size)):
+        raise ValueError(f"{problem}; another size must be a multiple of {multiple}")
+    if not torch.allclose(weights.state_dict["pos_embed"].float(), trained.sincos_positions(), atol=1e-2):
+        raise ValueError(f"{problem}; their positions are no sines and cosines, which alone can be scaled")
+    sizes = dict(input_size=scaled(image_size, down=downsampling), trained_size=trained_size)
+    config = config | sizes | {key: value for key, value in config.items() if key == "trained_size" and value}
+    model = build_on_meta(SiT, config)
+    weights.state_dict["pos_embed"] = model.sincos_positions()
+    if distributed.rank() == 0:
+        grids = (" x ".join(map(str, network.x_embedder.grid_size)) for network in (trained, model))
+        print("positions resampled from {} to {} tokens".format(*grids), flush=True)
+    return config, model
 
 
 def _filled(model, weights, device):

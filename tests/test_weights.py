@@ -118,7 +118,8 @@ def test_bytes_depend_on_the_run_alone(saved, tmp_path):
     state["model"]["an option of later"] = False
     folders = [save(tmp_path / str(i), randomise(tiny()), randomise(tiny()), state) for i in range(4)]
     option = types.SimpleNamespace(default=False)
-    signature = types.SimpleNamespace(parameters={"an option of later": option})
+    released = types.SimpleNamespace(default=True)
+    signature = types.SimpleNamespace(parameters={"learn_sigma": released, "an option of later": option})
     for name in ("ema.pt", "model.safetensors"):
         assert len({(folder / name).read_bytes() for folder in folders}) == 1
     with pytest.MonkeyPatch.context() as patch:

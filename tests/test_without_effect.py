@@ -41,6 +41,8 @@ TRAIN = {
     "--sample-every 0 --eval-sampling-method unipc": "--eval-sampling-method",
     "--eval-every 5 --inception-weights w.pth": "--inception-weights",
     "--vae-precision bf16": "--vae-precision",
+    "--inner-head-weight 2": "--inner-head-weight",
+    "--route 1 3 0": "--route",
     "--image-key img --label-key fine_label": "--image-key --label-key",
 }
 USEFUL = [

@@ -99,13 +99,19 @@ class Metrics:
 class Meter:
     """Measures throughput and the time spent on what is no training, since the last line of the log."""
 
-    def __init__(self, model_config, device, precision):
-        self.device, self.flops_per_image = device, costs.training_flops(model_config)
-        self.peak = costs.peak_flops(device, precision)
+    def __init__(self, model_config, device, precision, route=None, losses=()):
+        self.device, self.losses, self.peak = device, losses, costs.peak_flops(device, precision)
+        self.flops_of = functools.cache(lambda active: costs.training_flops(model_config, route, active))
         self._start()
 
     def _start(self):
-        self.start, self.images, self.seconds = time.perf_counter(), 0, {"waiting": 0.0, "paused": 0.0}
+        self.start, self.seconds = time.perf_counter(), {"waiting": 0.0, "paused": 0.0}
+        self.images, self.flops = 0, 0
+
+    def add(self, images, step):
+        """Count the images of a step after `step` others, which decide the auxiliary losses that are computed."""
+        self.images += images
+        self.flops += images * self.flops_of(tuple(loss for loss in self.losses if loss.is_active(step)))
 
     @contextlib.contextmanager
     def timing(self, kind):
@@ -122,7 +128,7 @@ class Meter:
             memory = torch.cuda.max_memory_allocated(self.device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        mfu = self.peak and rate * self.flops_per_image / (self.peak * distributed.world_size())
+        mfu = self.peak and self.flops / (seconds * self.peak * distributed.world_size())
         wait = self.seconds["waiting"] / seconds
         self._start()
         return {"images_per_second": rate, "data_wait": wait, "memory_gib": memory / 2**30, "mfu": mfu}

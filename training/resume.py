@@ -15,7 +15,7 @@ import uuid
 from data.labelled import labels_by_name, some_of
 from models import SiT
 from training.log import Metrics
-from utils import checkpoint, distributed, files
+from utils import checkpoint, distributed, files, posthoc
 from utils.command_line import flag_name
 from utils.weights import class_names
 
@@ -125,10 +125,11 @@ def load(trainer, start, weights, config, *how):
             start = distributed.on_rank_zero(before, str(error))
 
 
-def check_model(config, start):
+def check_model(config, start, optimizer=None):
     """Raise ValueError if a config of `setup.resolve_config` is of another model than the checkpoint to resume from.
 
-    A checkpoint that lacks an argument of SiT was trained with that argument's default."""
+    A checkpoint that lacks an argument of SiT was trained with that argument's default. The state of another optimizer
+    than `optimizer` does not serve, either; None: any does."""
     if start.state is None:
         return
     names, known = class_names(config), class_names(start.state)
@@ -146,6 +147,8 @@ def check_model(config, start):
         return model | {"class_dropout_prob": guidable} | transport
 
     now, then = identity(config), identity(start.state)
+    if optimizer is not None:
+        now["optimizer"], then["optimizer"] = optimizer, start.state["args"].get("optimizer", "adamw")
     for key in now | then:
         if now.get(key) != then.get(key):
             problem = f"{flag_name(key)}: {now.get(key)} was given, but {start.folder} was trained with {then.get(key)}"
@@ -215,7 +218,8 @@ def _lock_folder(output_dir, numbered):
 
 
 def set_aside(start, output_dir):
-    """Rename the damaged checkpoints after the start, whose names the run will need."""
+    """Rename the damaged checkpoints after the start, whose names the run will need; leave EMA snapshots up to it."""
+    posthoc.carry_over(start.folder and start.folder.resolve().parent, output_dir, start.step)
     for step, folder in checkpoint.paths(output_dir) if start.state else ():
         if step > start.step:
             names = (folder.with_name(f"damaged-{n}-{folder.name}") for n in itertools.count())

@@ -13,10 +13,12 @@ from data.images import ImageDataset
 from data.labelled import some_of
 from data.loader import make_loader
 from data.sources import Source, flag_rules, open_source, recognise_format
-from models import SiT, SiT_models
+from models import BLOCKS, CHOICES, SiT, SiT_models
 from training import costs
 from utils import distributed, hub
+from utils.checkpoint import without_defaults
 from utils.command_line import flag_name, without_effect
+from utils.sizes import is_size, pair, scaled, size_name
 from utils.tensor_files import check_fit
 from utils.weights import TRANSPORT_KEYS, build_on_meta, class_names, load_weights
 from vae import PRECISIONS, LatentSpace, full_name, geometry, open_space
@@ -24,11 +26,12 @@ from vae import PRECISIONS, LatentSpace, full_name, geometry, open_space
 # Arguments of SiT that the data decides; every other one is a model option, with a flag of its name in train.py.
 DECIDED_BY_DATA = ("input_size", "in_channels", "num_classes")
 SIZE_FLAGS = ("image_size", *DECIDED_BY_DATA)
+SCALING = ("scale", "shift")  # of latents
 
 
 def model_options():
-    """Return the names of SiT's arguments that are model options."""
-    return [key for key in inspect.signature(SiT).parameters if key not in DECIDED_BY_DATA]
+    """Return the names of the flags that are model options: arguments of SiT, and block, which sets several."""
+    return ["block", *(key for key in inspect.signature(SiT).parameters if key not in DECIDED_BY_DATA)]
 
 
 def open_data(settings, num_classes, dry_run):
@@ -50,15 +53,15 @@ def split_batch(global_batch_size, micro_batch_size, world_size):
     return global_batch_size // (micro_batch_size * world_size), micro_batch_size
 
 
-def resolve_parallel(parallel, fsdp_shard_size, model, device):
+def resolve_parallel(parallel, fsdp_shard_size, model, device, emas=1):
     """Return (parallelism, mesh): 'one process', 'ddp', or 'fsdp', which alone has a mesh. Raise ValueError."""
     if fsdp_shard_size is not None and parallel != "fsdp":
         raise ValueError("--fsdp-shard-size has no effect without --parallel fsdp")
     if distributed.world_size() == 1:
         return "one process", None
     if parallel == "auto":
-        # Weights, gradients, AdamW's two moments and the EMA, in float32, should leave half of the memory free.
-        needed = 20 * sum(p.numel() for p in model.parameters())
+        # Weights, gradients, AdamW's two moments and the EMAs, in float32, should leave half of the memory free.
+        needed = (16 + 4 * emas) * sum(p.numel() for p in model.parameters())
         limit = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else math.inf
         parallel = distributed.broadcast("ddp" if needed < limit else "fsdp")
     return parallel, distributed.mesh(device, fsdp_shard_size) if parallel == "fsdp" else None
@@ -68,16 +71,17 @@ def resolve_config(source, model_name, options, sizes, transport, vae=None, skip
     """Return what a checkpoint stores to build everything again: 'model', 'transport', 'latents' and 'data'.
 
     `options`, `sizes` and `transport` are the model options, SIZE_FLAGS and TRANSPORT_KEYS that were given. Of a run
-    that is `resumed`, the state of its checkpoint, the image size, the folders that are classes and the scale of other
-    projects' latents are known. Raise ValueError if sizes do not divide, or flags contradict the data or the VAE."""
+    that is `resumed`, the state of its checkpoint, the image size, the folders that are classes and the scale of the
+    latents are known. Raise ValueError if sizes do not divide, or flags contradict the data or the VAE."""
     sizes = dict.fromkeys(SIZE_FLAGS) | sizes
     if resumed is not None and isinstance(source, Source):
         source.doubt = None
         if sizes["image_size"] is None and sizes["input_size"] is None:
             size = resumed["latents"].get("image_size")
-            sizes["image_size"] = size if type(size) is int and size > 0 else None
+            sizes["image_size"] = size if is_size(size) else None
     vae, downsampling, channels = _resolve_vae(source, vae, sizes)
-    options = SiT_models[model_name].keywords | options
+    block, options = BLOCKS[options.get("block", "plain")], {k: v for k, v in options.items() if k != "block"}
+    options = SiT_models[model_name].keywords | block | options
     image_size = _resolve_image_size(source, sizes, vae, downsampling, options["patch_size"])
     if sizes["in_channels"] not in (None, channels):
         raise ValueError(f"--in-channels {sizes['in_channels']} contradicts --vae {vae}, which has {channels} channels")
@@ -86,20 +90,31 @@ def resolve_config(source, model_name, options, sizes, transport, vae=None, skip
     else:
         num_classes = source.num_classes
     vae = os.path.abspath(vae) if os.path.isdir(vae) else vae
-    decided = dict(input_size=image_size // downsampling, in_channels=channels, num_classes=num_classes)
-    scaling = {key: getattr(source, key) for key in ("scale", "shift") if isinstance(source, ForeignLatents)}
-    if scaling and resumed is not None:
-        known = {key: resumed["latents"].get(key, value) for key, value in scaling.items()}
-        if known != scaling:
-            source.notes.append("scale and shift of the latents are those of the run until now, not those of the data")
-        source.scale, source.shift = known["scale"], known["shift"]
-        scaling = known
+    input_size = scaled(image_size, down=downsampling)
+    decided = dict(input_size=input_size, in_channels=channels, num_classes=num_classes)
+    latents = {"vae": vae, "image_size": image_size, "channels": channels} | _resolve_scaling(source, resumed)
     return {
-        "model": options | decided,
+        "model": without_defaults(options | decided),
         "transport": dict.fromkeys(TRANSPORT_KEYS) | transport,
-        "latents": {"vae": vae, "image_size": image_size, "channels": channels} | scaling,
+        "latents": latents,
         "data": {"class_names": source.class_names},
     }
+
+
+def _resolve_scaling(source, resumed):
+    """Return 'scale' and 'shift' of the latents; {} if they are the autoencoder's own. A run that is resumed keeps its.
+
+    Cached latents are given them, or None for the autoencoder's own."""
+    is_foreign = isinstance(source, ForeignLatents)
+    has_own = is_foreign or getattr(source, "scaled_by_data", False)
+    own = {key: getattr(source, key) for key in SCALING} if has_own else {}
+    kept = own if resumed is None else {key: resumed["latents"][key] for key in SCALING if key in resumed["latents"]}
+    scaling = own | kept if is_foreign else kept
+    if scaling != own:
+        source.notes.append("scale and shift of the latents are those of the run until now, not those of the data")
+        if not isinstance(source, Source):
+            source.scale, source.shift = scaling.get("scale"), scaling.get("shift")
+    return scaling
 
 
 def resolve_flips(source, horizontal_flip):
@@ -119,27 +134,29 @@ def _resolve_vae(source, vae, sizes):
     moved = os.path.isabs(source.vae) and not os.path.exists(source.vae) and vae is not None and os.path.isdir(vae)
     if vae is not None and not moved and full_name(vae) != full_name(source.vae):
         raise ValueError(f"--vae {vae} contradicts the cached latents, which were made with {source.vae}")
-    for key in ("image_size", "num_classes"):
-        if sizes[key] not in (None, getattr(source, key)):
-            there = getattr(source, key)
-            raise ValueError(f"{flag_name(key)} {sizes[key]} contradicts the cached latents, which have {there}")
-    return vae if moved else source.vae, source.image_size // source.latent_size, source.channels
+    known = dict(image_size=source.image_size, input_size=source.latent_size, num_classes=source.num_classes)
+    for key, there in known.items():
+        if sizes[key] not in (None, there):
+            given = f"{flag_name(key)} {size_name(sizes[key])}"
+            raise ValueError(f"{given} contradicts the cached latents, which have {size_name(there)}")
+    downsampling = pair(source.image_size)[0] // pair(source.latent_size)[0]
+    return vae if moved else source.vae, downsampling, source.channels
 
 
 def _resolve_image_size(source, sizes, vae, downsampling, patch_size):
     """Return the size of the images. Raise ValueError if flags contradict each other or it does not divide."""
     image_size, input_size = sizes["image_size"], sizes["input_size"]
-    if input_size is not None and image_size not in (None, input_size * downsampling):
-        problem = f"--image-size {image_size} contradicts --input-size {input_size}"
+    if input_size is not None and image_size not in (None, scaled(input_size, downsampling)):
+        problem = f"--image-size {size_name(image_size)} contradicts --input-size {size_name(input_size)}"
         raise ValueError(f"{problem}: with --vae {vae} the image is {downsampling} times as large")
-    image_size = image_size or (input_size or 0) * downsampling
+    image_size = image_size or (input_size and scaled(input_size, downsampling))
     if isinstance(source, Source):
         image_size = source.choose_image_size(image_size, downsampling * patch_size)
     image_size = image_size or source.image_size
-    if image_size % (downsampling * patch_size):
+    if any(side % (downsampling * patch_size) for side in pair(image_size)):
         factors = f"--vae {vae} (downsampling {downsampling}) and patches of {patch_size}"
         needed = f"it must be a multiple of {downsampling * patch_size} with {factors}"
-        raise ValueError(f"--image-size {image_size} does not divide: {needed}")
+        raise ValueError(f"--image-size {size_name(image_size)} does not divide: {needed}")
     return image_size
 
 
@@ -174,11 +191,13 @@ def initial_weights(config, seed, init_from, start):
     if init_from is None:
         return fresh, []
     weights = load_weights(hub.resolve(init_from))
-    # Shapes do not determine the number of heads: weights of another number would load and be wrong.
-    wanted = config["model"]["num_heads"]
-    heads = weights.config["model"].get("num_heads") if weights.own else wanted
-    if heads != wanted:
-        raise ValueError(f"--init-from {init_from} has {heads} attention heads, and the model {wanted}")
+    # Shapes determine neither the number of heads nor all of a block: other weights would load and be wrong.
+    plain = {"qk_norm": False} | {key: values[0] for key, values in CHOICES.items()}
+    there = plain | (weights.config["model"] if weights.own else {"num_heads": config["model"]["num_heads"]})
+    for key, wanted in (plain | config["model"]).items():
+        if key in ("num_heads", *plain) and there.get(key) != wanted:
+            given = f"{flag_name(key)} {there.get(key)}"
+            raise ValueError(f"--init-from {init_from} was trained with {given}, and the model has {wanted}")
     given, notes = dict(weights.state_dict), [*weights.notes, f"weights from {weights.path}"]
     for key in ("path_type", "prediction"):
         earlier, now = weights.config.get("transport", {}).get(key), config["transport"][key]
@@ -186,6 +205,9 @@ def initial_weights(config, seed, init_from, start):
             notes.append(f"the weights do not say with which {flag_name(key)} they were trained; the run has {now}")
         elif earlier != now:
             notes.append(f"the weights were trained with {flag_name(key)} {earlier}, and the run has {now}")
+    there, here = (part.get("latents", {}).get("scale") for part in (weights.config, config))
+    if there != here and list in (type(there), type(here)):
+        notes.append("the weights were trained on latents of other scale and shift, those of their own data or VAE")
     pairs = zip(class_names(weights.config) or (), class_names(config) or (), strict=False)
     if other := [(number, *names) for number, names in enumerate(pairs) if names[0] != names[1]]:
         number, there, here = other[0]
@@ -197,11 +219,36 @@ def initial_weights(config, seed, init_from, start):
             continue
         given[key] = now  # class embeddings, or positions, which are a function of the number of tokens
         notes.append(f"{key} is {tuple(then.shape)} in the weights and {tuple(now.shape)} here: it is initialised")
+    if "pos_embed" in given and (note := _note_on_positions(weights, config["model"])):
+        given["pos_embed"] = fresh["pos_embed"]
+        notes.append(note)
+    head = {key: value for key, value in fresh.items() if key.startswith("inner_layer.") and key not in given}
+    if head:
+        given |= head
+        notes.append("the weights have no inner head: it is initialised")
     last = "final_layer.linear.weight"
     if last in given and 2 * len(given[last]) == len(fresh[last]):
         raise ValueError(f"--init-from {init_from} predicts half of the model's channels; give --no-learn-sigma")
     check_fit(fresh, given, f"--init-from {init_from}")
     return given, notes
+
+
+def _note_on_positions(weights, model):
+    """Return a line if positions of a model, by its arguments, are not those of the `weights`; '' if they are."""
+
+    def sizes(arguments):
+        return [arguments.get("input_size"), arguments.get("trained_size") or arguments.get("input_size")]
+
+    side = math.isqrt(weights.state_dict["pos_embed"].numel() // model["hidden_size"]) * model["patch_size"]
+    there, here = sizes(weights.config["model"] if weights.own else {"input_size": side}), sizes(model)
+    if there == here:
+        return ""
+    if not all(map(is_size, there)):
+        raise ValueError(f"{weights.path}: its configuration is damaged: input_size is {there[0]!r}")
+    trained = size_name(there[1])
+    if there[1] == here[1]:
+        return f"positions of inputs of {size_name(here[0])} are scaled to those of {trained}, as in the weights"
+    return f"positions are not those of the weights, which --trained-size {trained} would scale to this input size"
 
 
 def open_training_space(config, source, device, vae_precision, decodes, losses):
@@ -211,7 +258,7 @@ def open_training_space(config, source, device, vae_precision, decodes, losses):
     """
     vae, dtype = config["latents"]["vae"], PRECISIONS[vae_precision]
     if isinstance(source, Source):
-        return open_space(vae, device, dtype)
+        return open_space(vae, device, dtype, *map(config["latents"].get, SCALING))
     if any(loss.reads_images for loss in losses):
         source.require_images()
     space = LatentSpace(vae, device, dtype, source.scale, source.shift)
@@ -235,10 +282,12 @@ def flags_without_effect(changed, flags, config, source, most_pixels):
 
     Images of up to `most_pixels` numbers are evaluated without Inception."""
     in_pixels, image_size = config["latents"]["vae"] == "none", config["latents"]["image_size"]
-    is_small = image_size**2 * (config["latents"]["channels"] if in_pixels else 3) <= most_pixels
+    is_small = math.prod(pair(image_size)) * (config["latents"]["channels"] if in_pixels else 3) <= most_pixels
     decodes, one_process = flags["sample_every"] or flags["eval_every"], distributed.world_size() == 1
     rules = [
         (flags["max_steps"] is not None, ("epochs",), "beside --max-steps"),
+        (flags["align"] is None, [key for key in flags if key.startswith("align_")], "without --align"),
+        (flags["align_projector"] == "conv", ("align_width",), "with --align-projector conv"),
         (flags["time_sampling"] == "uniform", ("logit_normal_mean", "logit_normal_std"), "on --time-sampling uniform"),
         (flags["prediction"] == "velocity", ("loss_weight",), "on --prediction velocity"),
         (one_process and not flags["dry_run"], ("parallel", "fsdp_shard_size"), "on one process"),
@@ -247,6 +296,8 @@ def flags_without_effect(changed, flags, config, source, most_pixels):
         (not flags["sample_every"], ("cfg_scale",), "without --sample-every"),
         (not flags["eval_every"], ("eval_samples",), "without --eval-every"),
         (not decodes, ("eval_sampling_method", "eval_num_sampling_steps"), "without --sample-every and --eval-every"),
+        (flags["inner_head"] is None, ("inner_head_weight",), "without --inner-head"),
+        (not (flags["route"] or [1])[-1], ("route",), "with a SHARE of 0"),
         (is_small, ("inception_weights",), "on images this small, whose pixels are compared"),
         (in_pixels, ("vae_precision",), "with --vae none"),
         (not isinstance(source, Source) and not decodes, ("vae_precision",), "where no latents are decoded"),
@@ -260,21 +311,24 @@ def opening_lines(output_dir, start, notes, config, source, changes, text):
     if start.state is not None:
         lines += [f"continuing from {start.folder}, step {start.step}", *changes]
     model, count = config["model"], source.num_examples
-    shape = (model["in_channels"], model["input_size"], model["input_size"])
+    shape = (model["in_channels"], *pair(model["input_size"]))
     images = "a stream of images" if count is None else f"{count:,} images"
     lines.append(f"{costs.num_parameters(model):,} parameters; {json.dumps(model)}")
     lines += [*source.notes, *([f"classes {some_of(source.class_names)}"] if source.class_names else [])]
     return [*lines, f"{images} of {model['num_classes']} classes as {shape}; {json.dumps(config['transport'])}", text]
 
 
-def print_plan(flags, config, lines, micro_batch_size, precision, mesh, device):
-    """Print, on rank 0, the flags, the config, lines of text and an estimate of the peak memory, for --dry-run."""
+def print_plan(flags, config, lines, micro_batch_size, precision, mesh, device, emas, losses, recipe):
+    """Print, on rank 0, the flags, the config, lines of text, operations and estimated memory, for --dry-run."""
     if distributed.rank() != 0:
         return
     print(yaml.safe_dump(flags, sort_keys=False), end="")
     print(f"{costs.num_parameters(config['model']):,} parameters; {json.dumps(config)}")
     print("\n".join(lines))
     shards, grad_checkpoint = 1 if mesh is None else mesh.shape[-1], flags["grad_checkpoint"]
-    memory = costs.training_memory(config["model"], micro_batch_size, precision, grad_checkpoint, shards, device)
+    flops = costs.training_flops(config["model"], recipe.route, losses)
+    print(f"{flops / 1e9:,.2f} GFLOPs per image (forward and backward, two per multiply-add)")
+    how = precision, grad_checkpoint, shards, device, len(emas), losses, recipe.route, "muon" in recipe.optimizer
+    memory = costs.training_memory(config["model"], micro_batch_size, *how)
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.items())
     print(f"estimated peak memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB = {parts}; without the autoencoder")

@@ -8,7 +8,8 @@ import re
 
 import torch
 
-from utils import checkpoint, distributed, precision
+from training.muon import Muon, parameter_groups
+from utils import checkpoint, distributed, posthoc, precision
 
 
 @dataclasses.dataclass
@@ -25,11 +26,30 @@ class EMA:
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
 
-def check_emas(emas):
-    """Return the list of `EMA`s. Raise ValueError if two have one name, or one is no name of a file of its own."""
+class PowerEMA(EMA):
+    """A power-function average (Karras et al. 2024, EDM2, section 3.1) of the length sigma_rel, see `posthoc`."""
+
+    def __init__(self, name, sigma_rel):
+        super().__init__(name, decay=None)
+        self.exponent = posthoc.exponent(sigma_rel)
+
+    def decay_at(self, step):
+        return (1 - 1 / (step + 1)) ** self.exponent
+
+
+def check_emas(emas, folder=None):
+    """Return the list of `EMA`s. Raise ValueError if two have one name, or one is no name of a file of its own.
+
+    Raise it, too, if the checkpoint `folder` to resume from lacks a `PowerEMA`, whose length counts from step 0."""
     names = [ema.name for ema in emas]
-    if len(set(names)) < len(names) or not all(re.fullmatch(r"\w[\w.-]*", name) and name != "model" for name in names):
-        raise ValueError(f"EMAs must have different names of letters and digits, and none 'model': {', '.join(names)}")
+    good = all(re.fullmatch(r"[^\W\d][\w.-]*", name) and name != "model" for name in names)
+    if len(set(names)) < len(names) or not good:
+        rules = "EMAs must have different names of letters and digits, that begin with a letter, and none 'model'"
+        raise ValueError(f"{rules}: {', '.join(names)}")
+    for ema in emas if folder is not None else ():
+        if isinstance(ema, PowerEMA) and not (folder / f"{ema.name}.pt").is_file():
+            problem = f"{folder} has no EMA {ema.name!r}, which counts from a run's first step"
+            raise ValueError(f"{problem}; leave out --ema-snapshots, or start a new run by --init-from")
     return emas
 
 
@@ -50,6 +70,11 @@ def draw_randomness(seed, step, global_batch_size, places, latent_shape, device)
     return uniform, drop, x0, posterior_noise
 
 
+def num_kept(share, num_tokens):
+    """Return how many of an image's tokens go through the blocks that a share of them skips: at least one."""
+    return max(1, num_tokens - round(share * num_tokens))
+
+
 def learning_rate(step, max_steps, peak, warmup_steps, schedule):
     """Return the learning rate after `step` steps: a linear warm-up, then constant or half a cosine to 0."""
     if step < warmup_steps:
@@ -59,10 +84,12 @@ def learning_rate(step, max_steps, peak, warmup_steps, schedule):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps)))
 
 
-def build_optimizer(module, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0):
-    """Return fused AdamW over the parameters of a module that are trained."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+def build_optimizer(module, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, muon=False):
+    """Return fused AdamW over the parameters of a module that are trained; with `muon`, Muon for matrices in blocks."""
+    how = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+    if muon and hasattr(module, "blocks"):
+        return Muon(parameter_groups(module), **how)
+    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], **how)
 
 
 def step_optimizers(optimizers, loss, lr, max_grad_norm=None):
@@ -92,9 +119,12 @@ class Trainer:
     Args:
         transport: gives the main loss.
         parallel, mesh: 'one process', 'ddp' or 'fsdp', which alone has a mesh.
-        adamw: arguments of `build_optimizer`."""
+        adamw: arguments of `build_optimizer`.
+        route: (FROM, TO, share), of each image's tokens a random share skips blocks[FROM:TO] (TREAD, Krause et al.
+            2025); None: no token does."""
 
-    def __init__(self, model, transport, device, precision_name, emas, losses, parallel, mesh, adamw):
+    def __init__(self, model, transport, device, precision_name, emas, losses, parallel, mesh, adamw, route=None):
+        self.route = route
         self.model, self.transport, self.device, self.precision = model, transport, device, precision_name
         self.parallel, self.emas, self.losses = parallel, list(emas), list(losses)
         self.ema_modules = {ema.name: copy.deepcopy(model).eval().requires_grad_(False) for ema in self.emas}
@@ -139,33 +169,47 @@ class Trainer:
         self.wrapped, *self.wrapped_losses = modules
         return notes
 
-    def forward_backward(self, batch, x1, t, x0, drop, step=0, accumulation=1, is_last=True):
+    def draw_kept(self, seed, step, global_batch_size, places):
+        """Return the tokens (M, K) of a step at `places`, a slice, that skip no block, int64 in order; None: all.
+
+        They depend on (seed, step, place in the global batch) alone, as the numbers of `draw_randomness` do."""
+        num_tokens = self.model.x_embedder.num_patches
+        kept = num_tokens if self.route is None else num_kept(self.route[2], num_tokens)
+        if kept == num_tokens:
+            return None
+        g = distributed.generator(self.device, seed, distributed.ROUTE_STREAM, step)
+        uniform = torch.rand(global_batch_size, num_tokens, generator=g, device=self.device)[places]
+        return uniform.argsort(dim=1, stable=True)[:, :kept].sort(dim=1).values
+
+    def forward_backward(self, batch, x1, t, x0, drop, kept=None, step=0, accumulation=1, is_last=True):
         """Compute the losses of a micro-batch, and add their gradient, divided by the accumulation steps.
 
         Args:
             batch: dict with 'y' (M,) and what else the auxiliary losses read.
             x1, t, x0: data (M, C, h, w), times (M,) and noise.
             drop: (M,) bool, labels to replace by the null class.
+            kept: (M, K) tokens of `draw_kept`.
             step: steps before this one, which decide the losses that are computed.
             is_last: whether it is the last micro-batch of the step.
 
         Return (main loss (M,), {name: auxiliary loss (M,)}), without gradients."""
         hidden, auxiliary = {}, {}
         losses = [pair for pair in zip(self.losses, self.wrapped_losses, strict=True) if pair[0].is_active(step)]
-        hidden_blocks = tuple(sorted({block for loss, _ in losses for block in loss.hidden_blocks}))
+        hidden_blocks = tuple(sorted({block for loss, _ in losses for block in loss.hidden_blocks}, key=str))
+        route = {} if kept is None else {"route": (*self.route[:2], kept)}
 
-        def network(x, t, **labels):
+        def network(x, t, **more):
             with precision.autocast(self.device, self.precision):
                 if not hidden_blocks:
-                    return self.wrapped(x, t, **labels).float()  # the loss is computed in float32
-                output, states = self.wrapped(x, t, **labels, hidden_blocks=hidden_blocks)
+                    return self.wrapped(x, t, **more).float()  # the loss is computed in float32
+                output, states = self.wrapped(x, t, **more, hidden_blocks=hidden_blocks)
             hidden.update(zip(hidden_blocks, states, strict=True))
             return output.float()
 
         with distributed.accumulate([self.wrapped, *self.wrapped_losses], is_last):
-            kwargs = dict(y=batch["y"], force_drop_ids=drop)
+            kwargs = dict(y=batch["y"], force_drop_ids=drop) | route
             result = self.transport.training_losses(network, x1, kwargs, t=t, x0=x0)
-            total, batch = result["loss"], batch | {"x1": x1, "x0": x0}
+            total, batch = result["loss"], batch | {"x1": x1, "x0": x0, "kept": kept}
             for loss, wrapped in losses:
                 states = {block: hidden[block] for block in loss.hidden_blocks}
                 with precision.autocast(self.device, self.precision):

@@ -118,18 +118,20 @@ class Transport(OfficialNames):
             raise ValueError("give both t and x0, or none of them")
         if t is None:
             t, x0, x1 = self.sample(x1)
-        xt, ut = self.path.interpolate(t, x0, x1)
+        xt, _ = self.path.interpolate(t, x0, x1)
         pred = model(xt, t, **(model_kwargs or {}))
         if pred.shape != xt.shape:
             raise ValueError(f"the model returned shape {tuple(pred.shape)} for inputs of shape {tuple(xt.shape)}")
+        return {"loss": self.loss(pred, t, x0, x1), "pred": pred, "xt": xt}
+
+    def loss(self, output, t, x0, x1):
+        """Return the loss (N,) of `training_losses` of a model's output (N, ...) at t (N,), noise x0 and data x1."""
         if self.prediction == "score":
-            error = pred * self.path.sigma(expand_like(t, xt)) + x0
+            error = output * self.path.sigma(expand_like(t, x0)) + x0
         else:
-            error = pred - (ut if self.prediction == "velocity" else x0)
+            error = output - (self.path.interpolate(t, x0, x1)[1] if self.prediction == "velocity" else x0)
         loss = (error**2).flatten(1).mean(1)
-        if self.prediction != "velocity":
-            loss = self._weight(t) * loss
-        return {"loss": loss, "pred": pred, "xt": xt}
+        return loss if self.prediction == "velocity" else self._weight(t) * loss
 
     def _weight(self, t):
         """Return the weight (N,) of noise and score losses, both of which are squared errors of x0."""

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 
 import models
-from utils import distributed, files
+from utils import distributed, files, posthoc
 from utils.sharded_files import METADATA, TensorReader, read_metadata
 from utils.tensor_files import check_fit, read_pt, read_safetensors, write_pt, write_safetensors
 
@@ -40,10 +40,11 @@ class Writer:
     """Writes the checkpoints of a run while training continues; all ranks make one and call it together.
 
     It keeps the newest `keep_last` (None: all) and those whose step is a multiple of `keep_every`. `report` is called
-    on rank 0, from another thread, with a line of text for each checkpoint, written or failed."""
+    on rank 0, from another thread, with a line of text for each checkpoint, written or failed. With `snapshots`, the
+    name of a dtype, it writes those of `posthoc`, too, and keeps them all."""
 
-    def __init__(self, output_dir, keep_last=None, keep_every=None, report=print):
-        self.output_dir, self.report = pathlib.Path(output_dir), report
+    def __init__(self, output_dir, keep_last=None, keep_every=None, report=print, snapshots=None):
+        self.output_dir, self.report, self.snapshots = pathlib.Path(output_dir), report, snapshots
         self.keep_last, self.keep_every = keep_last, keep_every
         # torch.distributed.checkpoint warns, from its own thread, that there is one process only.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -86,6 +87,10 @@ class Writer:
                     write_safetensors(partial / "model.safetensors", weights.pop("model"), config)
                     for name, ema in weights.items():
                         write_pt(partial / f"{name}.pt", ema, config)
+                    if self.snapshots:  # before the checkpoint has its name, so that each has them
+                        dtype = getattr(torch, self.snapshots)
+                        for note in posthoc.write_snapshots(self.output_dir, state["step"], weights, config, dtype):
+                            self.report(note)
                     (partial / STATE_FILE).write_text(files.to_json(state, indent=2) + "\n")
                 finally:
                     sharded.exception()  # waits: nothing may be removed while others write there
@@ -212,13 +217,18 @@ def check_config(config, source):
 
 
 def embedded_config(state):
-    """Return what weights say of themselves: the config of a trainer state, and its step.
-
-    A model option that is off is left out, so that the bytes are those of before it was written."""
-    options = inspect.signature(models.SiT).parameters
-    off = {key for key, option in options.items() if not option.default and option.default == state["model"].get(key)}
+    """Return what weights say of themselves: the config of a trainer state, and its step."""
     config = {key: state[key] for key in ("model", "transport", "latents", "data", "step") if key in state}
-    return config | {"model": {key: value for key, value in state["model"].items() if key not in off}}
+    return config | {"model": without_defaults(state["model"])}
+
+
+def without_defaults(model):
+    """Return arguments of SiT without the options that are off, so that bytes are those of before they were written.
+
+    Options follow `learn_sigma` in the signature; an option that has its default is off."""
+    defaults = {key: option.default for key, option in inspect.signature(models.SiT).parameters.items()}
+    options = list(defaults)[list(defaults).index("learn_sigma") + 1 :]
+    return {key: value for key, value in model.items() if key not in options or value != defaults[key]}
 
 
 def load_training(folder, model, emas, optimizer, losses=None):

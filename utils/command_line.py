@@ -13,6 +13,8 @@ import sys
 
 import yaml
 
+from utils.sizes import size_of
+
 MOST = 2**63 - 1  # as an integer; PyTorch's seeds end there
 
 
@@ -78,8 +80,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--config {path}: unknown key {key!r}{self._nearest(flag)} (keys are the flags' names)")
             if value is None:
                 continue  # the flag's default
-            takes_no_value, takes_list = action.nargs == 0, action.nargs not in (None, 0)
-            wrong_kind = takes_no_value != isinstance(value, bool) or (isinstance(value, list) and not takes_list)
+            takes_no_value, takes_list = action.nargs == 0, action.nargs not in (None, 0, "?")
+            is_switch = takes_no_value or (action.nargs == "?" and isinstance(value, bool))  # its value may be left out
+            wrong_kind = is_switch != isinstance(value, bool) or (isinstance(value, list) and not takes_list)
             items = value if isinstance(value, list) and value else ["a value"]
             plain = all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in items)
             if wrong_kind or not plain or isinstance(value, (dict, set)):
@@ -155,6 +158,14 @@ def integer(minimum):
         return value
 
     return parse
+
+
+def size(text):
+    """Return, as an argparse type, a size: an integer of 1 or more, or HEIGHTxWIDTH of two such."""
+    sides = [integer(1)(side) for side in text.split("x")] if text.count("x") < 2 else []
+    if not sides:
+        raise argparse.ArgumentTypeError(f"must be an integer, or HEIGHTxWIDTH such as 64x96, not {text!r}")
+    return size_of(sides[0], sides[-1])
 
 
 def number(minimum=-math.inf, below=math.inf, exclude_minimum=False, closed=None):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 # Streams of random numbers, so that epoch n and step n, with the same seed, draw different ones.
-ORDER_STREAM, STEP_STREAM = range(2)
+ORDER_STREAM, STEP_STREAM, ROUTE_STREAM = range(3)
 # How long a rank waits for one that hangs (one that dies is noticed at once) or writes 50,000 images into one file.
 TIMEOUT = datetime.timedelta(minutes=30)
 # DDP cuts a compiled model where a bucket is full. A block of SiT-XL is 91 MiB, which PyTorch's 25 would cut in four.

@@ -10,7 +10,7 @@ import warnings
 import torch
 
 import models
-from utils import files, foreign
+from utils import files, foreign, posthoc
 from utils.checkpoint import MANIFEST, STATE_FILE, check, check_config, find_latest, paths, read_state
 from utils.hub import WEIGHTS_SUFFIXES
 from utils.tensor_files import check_expansion, check_fit, config_of, read_pt, read_safetensors
@@ -42,9 +42,17 @@ def load_weights(path, ema="ema"):
 
     `path` is a run folder (its latest checkpoint), a checkpoint folder, a folder with one file of weights, or a file: a
     .safetensors, or a .pt with a bare state dict or the official code's {'model', 'ema', 'opt', 'args'}. `ema` is the
-    name of the EMA in a folder."""
-    path, notes = _find_file(pathlib.Path(path), ema)
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path)
+    name of the EMA in a folder, or the sigma_rel of one that is reconstructed there, see `posthoc`."""
+    sigma_rel = posthoc.length_of(ema)
+    if sigma_rel is None:
+        path, notes = _find_file(pathlib.Path(path), ema)
+        content = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path)
+    else:
+        with files.named(f"EMA {ema} needs a run with --ema-snapshots", ValueError):
+            path, notes = _find_file(pathlib.Path(path), next(iter(posthoc.TRACKED)))
+            step = read_state(path.parent).get("step")
+        content, note = posthoc.reconstruct(path.parent.resolve().parent, step, sigma_rel)
+        notes = [*notes, note]
     parts = content if isinstance(content, dict) else {}
     found = _find_state_dict(parts)
     if found is None:
@@ -202,7 +210,10 @@ def model_config_from_shapes(state_dict, num_classes=None):
         input_size, outputs = math.isqrt(tokens) * patch_size, state_dict["final_layer.linear.weight"].shape[0]
         config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size)
         config["depth"] = 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks."))
-        config["mlp_ratio"] = state_dict["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size
+        width, joined = state_dict["blocks.0.mlp.fc1.weight"].shape[0], state_dict["blocks.0.mlp.fc2.weight"].shape[1]
+        if width != joined:
+            raise ValueError("their MLP is a SwiGLU's; of such blocks, train.py's checkpoints alone say all")
+        config["mlp_ratio"] = width / hidden_size
         rows = state_dict["y_embedder.embedding_table.weight"].shape[0]
         config |= {"num_classes": rows, "class_dropout_prob": 0.0} if rows == num_classes else {"num_classes": rows - 1}
         config["learn_sigma"] = outputs == 2 * in_channels * patch_size**2
