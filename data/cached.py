@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from data.images import label_problem
 from utils import encoders, files
-from utils.sizes import is_size
+from utils.sizes import is_size, pair, scaled
 from utils.weights import class_names
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -46,9 +46,11 @@ class CachedLatents(Dataset):
                 if not isinstance(manifest[key], kind) or (key in SIZES + COUNTS and not is_size(manifest[key])):
                     raise ValueError(f"{key} is {manifest[key]!r}")
                 is_list = key in OTHER_KEYS and isinstance(manifest[key], list)
-                if is_list and not np.isfinite(manifest[key]).shape == (manifest["channels"],):
-                    raise ValueError(f"{key} is {manifest[key]!r}, not one number per channel")
+                if is_list and not np.array_equal(np.isfinite(manifest[key]), [True] * manifest["channels"]):
+                    raise ValueError(f"{key} is {manifest[key]!r}, not one finite number per channel")
                 setattr(self, key, manifest[key])
+            if scaled(self.latent_size, pair(self.image_size)[0] // pair(self.latent_size)[0]) != self.image_size:
+                raise ValueError(f"latent_size is {self.latent_size}, and image_size {self.image_size} no multiple")
             self.features, self.with_features = manifest.get("features"), False
             for key, kind in FEATURES.items() if self.features is not None else ():
                 if not isinstance(self.features[key], kind):

@@ -207,25 +207,27 @@ def describe(pipeline, settings):
     return description | named
 
 
+def _during(low, high):
+    return "" if (low, high) == guidance.WHOLE else f" for t in [{low:g}, {high:g}]"
+
+
 def summary(description):
     """Return one line on a description with counts: method, NFE, guidance, precision, path and prediction.
 
     A description with a guide may hold 'guide_ckpt', its name."""
     d = description
-    rule = d.get("guidance", "no guidance")
+    rules = [d["guidance"]] if "guidance" in d else []
     if "guidance" not in d and d["cfg_scale"] != 1:
-        low, high = d["cfg_interval"]
-        where = "" if (low, high) == guidance.WHOLE else f" for t in [{low:g}, {high:g}]"
         auto, by = ("auto", f" by {d.get('guide_ckpt', 'another model')}") if "guide" in d else ("", "")
-        rule = f"{auto}guidance {d['cfg_scale']:g}{by} on {d['guided_channels']} of {d['channels']} channels{where}"
+        channels = f"{d['guided_channels']} of {d['channels']} channels"
+        rules = [f"{auto}guidance {d['cfg_scale']:g}{by} on {channels}{_during(*d['cfg_interval'])}"]
     if "internal_guidance" in d:
-        scale, low, high = d["internal_guidance"]
-        where = "" if (low, high) == guidance.WHOLE else f" for t in [{low:g}, {high:g}]"
-        rule = f"{rule}, internal guidance {scale:g}{where}"
+        scale, *interval = d["internal_guidance"]
+        rules.append(f"internal guidance {scale:g}{_during(*interval)}")
     times = d.get("time_grid")
     grid = f", {times} grid" if isinstance(times, str) else f", {len(times)} given times" if times else ""
     trained = f", {d['path'].removesuffix('Path')} {d['prediction']}" if "path" in d else ""
     return (
-        f"{d['mode']} {d['sampling_method']}{grid}, {d['nfe']} NFE ({d['forward_passes']} forward passes), {rule}, "
-        f"{d['precision']}{trained}"
+        f"{d['mode']} {d['sampling_method']}{grid}, {d['nfe']} NFE ({d['forward_passes']} forward passes), "
+        f"{', '.join(rules) or 'no guidance'}, {d['precision']}{trained}"
     )

@@ -200,6 +200,7 @@ def read_time_grid(words):
 def grid_notes(words, description):
     """Return lines on a --time-grid that was made for other settings than `description`, or begins or ends far off."""
     times, made = read_time_grid(words) if words else ("", {})
+    made = {"internal_guidance": None} | made if "cfg_scale" in made else made  # those with it alone name it
     other = [f"{key} {made[key]}" for key in GRID_KEYS if made.get(key, now := description.get(key)) != now]
     lines = [f"--time-grid {words[0]} was made for {', '.join(other)}"] if other else []
     if isinstance(times, list) and times[0] > FAR_OFF:

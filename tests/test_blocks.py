@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import TINY, read_metrics
 from processes import run
-from test_resume import WAYS, contents
 
 from data.sources import open_source
 from models import BLOCKS, HeadNorm, SiT, SiT_models, position_angles, rotate, sincos_position_embedding
@@ -21,7 +20,6 @@ from utils.weights import load_weights, model_config_from_shapes
 OPTIONS = [dict([option]) for option in BLOCKS["modern"].items()]
 SIZES = dict(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, class_dropout_prob=0.0)
 D, HEAD = 32, 16
-CURVES = {}
 
 
 def tiny(dtype=torch.float64, **options):
@@ -127,7 +125,7 @@ def test_options_draw_the_same_initial_weights(options):
     assert all((found[key] == 1).all() and "_norm.weight" in key for key in found.keys() - expected.keys())
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, BLOCKS["modern"]])
+@pytest.mark.parametrize("options", [BLOCKS["modern"], dict(qk_norm=True)])
 def test_options_compile_recompute_and_compute_in_bf16(options):
     model = tiny(torch.float32, depth=1, **options)
     x, t, y = inputs(model, torch.float32)
@@ -260,26 +258,18 @@ def test_the_direction_loss_equals_its_formula(prediction, channels):
         assert 0 < zero.grad.abs().max() <= 10
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_modern_run_is_sharded_resumed_and_sampled(way, tmp_path):
-    ranks = 1 if way == "one process" else 2
-    flags = [*TINY, "--block", "modern", "--direction-loss", "--ckpt-every", 4, "--lr", "1e-2", *WAYS[way]]
-    for folder, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
-        arguments = [*flags, "--max-steps", steps, "--output-dir", tmp_path / folder]
-        result = run("train.py", *arguments, processes=ranks)
-        assert result.returncode == 0, result.stderr
-    assert "continuing from" in result.stdout
-    assert contents(tmp_path / "whole" / "checkpoint-8") == contents(tmp_path / "parts" / "checkpoint-8")
-    CURVES[way] = [[line["loss"], line["loss_direction"]] for line in read_metrics(tmp_path / "whole")]
-    np.testing.assert_allclose(CURVES[way], CURVES["one process"], atol=1e-4)
-    assert np.mean(CURVES[way][-3:], 0)[1] < 0.9 * CURVES[way][0][1]
-    if way == "one process":
-        stored = load_weights(tmp_path / "whole").config["model"]
-        assert BLOCKS["modern"].items() <= stored.items()
-        sample = ["--ckpt", tmp_path / "whole", "--num-sampling-steps", 2, "--precision", "bf16"]
-        assert run("sample.py", *sample, "--output", tmp_path / "grid.png").returncode == 0
-        plain = run("train.py", *TINY, "--max-steps", 9, "--output-dir", tmp_path / "whole")
-        assert plain.returncode == 2 and plain.stderr.count("\n") == 1 and "--qk-norm: False" in plain.stderr
+def test_a_modern_run_is_sampled_and_stays_modern(tmp_path):
+    """(Sharded and resumed: test_recipes.py.)"""
+    flags = [*TINY, "--output-dir", tmp_path, "--max-steps"]
+    result = run("train.py", *flags, 8, "--block", "modern", "--direction-loss", "--lr", "1e-2")
+    assert result.returncode == 0, result.stderr
+    curve = [line["loss_direction"] for line in read_metrics(tmp_path)]
+    assert np.mean(curve[-3:]) < 0.9 * curve[0]
+    assert BLOCKS["modern"].items() <= load_weights(tmp_path).config["model"].items()
+    sample = ["--ckpt", tmp_path, "--num-sampling-steps", 2, "--precision", "bf16", "--output", tmp_path / "grid.png"]
+    assert run("sample.py", *sample).returncode == 0
+    plain = run("train.py", *flags, 9)
+    assert plain.returncode == 2 and plain.stderr.count("\n") == 1 and "--qk-norm: False" in plain.stderr
 
 
 def test_a_flag_beside_the_block_wins():

@@ -169,7 +169,7 @@ def test_latents_without_a_manifest(tmp_path):
 def test_latents_are_matched_by_name(tmp_path):
     source = open_source(latents_of(tmp_path, [1, 0, 1], ["dog", "fox"], 2))
     space = type("Space", (), {"in_pixels": False, "scale": source.scale, "shift": source.shift})()
-    model = type("Model", (), {"num_classes": 3, "in_channels": 4, "input_size": 8})()
-    pipeline = type("Pipeline", (), {"model": model, "space": space, "device": "cpu", "class_names": CLASSES})()
+    parts = {"model": type("Model", (), {"num_classes": 3})(), "latent_shape": (4, 8, 8)}
+    pipeline = type("Pipeline", (), {"space": space, "device": "cpu", "class_names": CLASSES} | parts)()
     dataset = likelihood.open_examples(source, pipeline, "it")
     assert [dataset[i, False]["y"] for i in range(3)] == [2, 1, 2]

@@ -264,7 +264,8 @@ def test_mistakes(images, vae, cached, tmp_path, capsys, monkeypatch):
     assert "holds cached latents already" in message(path=cached)
     assert not (tmp_path / "new").exists()
     flags = [flag for flag in TINY if flag not in ("--vae", "none")]
-    for given in (["--image-size", 32], ["--vae", "mse"], ["--num-classes", 4], ["--num-classes", 2]):
+    sizes = ["--image-size", 32], ["--input-size", 16], ["--input-size", "8x16"]
+    for given in (*sizes, ["--vae", "mse"], ["--num-classes", 4], ["--num-classes", 2]):
         error = fail(
             "train", [*flags, "--data-path", cached, *given, "--output-dir", tmp_path / "r"], capsys, monkeypatch
         )

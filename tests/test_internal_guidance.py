@@ -3,12 +3,10 @@
 import json
 import types
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, read_metrics
 from processes import run
-from test_resume import WAYS, contents
 from test_routing import CPU, inputs, random_model
 
 from models import SiT
@@ -152,7 +150,7 @@ def test_a_scale_of_one_draws_the_same_at_the_same_cost():
     assert not torch.equal(plain, guided) and counts == of_guided == {"nfe": 4, "forward_passes": 4}
     description = describe(pipeline, settings) | of_guided
     assert description["internal_guidance"] == [1.5, 0.0, 1.0] and description["guided_channels"] == 2
-    assert "internal guidance 1.5" in summary(description)
+    assert "forward passes), internal guidance 1.5, fp32" in summary(description)
     assert "for t in [0, 0.5]" in summary(describe(pipeline, drawn(pipeline, 1.5, 0.0, 0.5)[2]) | counts)
 
 
@@ -179,60 +177,32 @@ def test_words_that_do_not_fit_are_refused():
         resolve_internal([1.4], plain)
 
 
-HEADED = ["--depth", 3, "--inner-head", 2, "--route", 1, 3, 0.5]
-CURVES = {}
-
-
 @pytest.fixture(scope="module")
 def headed_run(tmp_path_factory):
-    """A function of the way to run that returns the folder of a run with a head, stopped and resumed beside it."""
-    folders = {}
-
-    def of(way):
-        if way not in folders:
-            folders[way] = tmp_path_factory.mktemp("runs")
-            for name, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
-                ways = [*WAYS[way], *(["--micro-batch-size", 4] if way == "ddp" else [])]
-                more = [*ways, "--ckpt-every", 3, "--max-steps", steps, "--output-dir", folders[way] / name]
-                result = run("train.py", *TINY, *HEADED, *more, processes=1 if way == "one process" else 2)
-                assert result.returncode == 0, result.stderr
-        return folders[way]
-
-    return of
+    """The folder of a routed run with a head. (How such runs resume, on any ranks: test_recipes.py.)"""
+    folder = tmp_path_factory.mktemp("runs") / "headed"
+    headed = ["--depth", 3, "--inner-head", 2, "--route", 1, 3, 0.5, "--max-steps", 6, "--lr", 0.01]
+    result = run("train.py", *TINY, *headed, "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_routed_run_with_a_head_resumes_to_the_same_bytes_on_any_ranks(way, headed_run):
-    whole, parts = (headed_run(way) / name / "checkpoint-6" for name in ("whole", "parts"))
-    assert contents(whole) == contents(parts)
-    ema = torch.load(whole / "ema.pt", weights_only=True)
-    assert any("inner_layer.linear.weight" in key for key in ema.get("ema", ema))
-    curve = [[line["loss"], line["loss_inner_head"]] for line in read_metrics(headed_run(way) / "whole")]
-    CURVES[way] = curve
-    np.testing.assert_allclose(curve, CURVES["one process"], atol=1e-4)
-    assert curve[0][0] == pytest.approx(curve[0][1], rel=0.2)  # both heads predict 0 at first
+def test_a_run_trains_its_head(headed_run):
+    ema = torch.load(headed_run / "checkpoint-6/ema.pt", weights_only=True)
+    assert "inner_layer.linear.weight" in ema and ema["inner_layer.linear.weight"].any()
+    first = read_metrics(headed_run)[0]
+    assert first["loss"] == pytest.approx(first["loss_inner_head"], rel=0.2)  # both heads predict 0 at first
 
 
 def test_sampling_scripts_guide_by_the_head(headed_run, digits_run, tmp_path):
-    ckpt, grid = headed_run("one process") / "whole", tmp_path / "grid.png"
+    ckpt, grid = headed_run, tmp_path / "grid.png"
     flags = ["--num-sampling-steps", 3, "--sampling-method", "euler", "--cfg-scale", 1]
     result = run("sample.py", "--ckpt", ckpt, "--output", grid, *flags, "--internal-guidance", 1.5, 0, 0.7)
     assert result.returncode == 0 and "internal guidance 1.5 for t in [0, 0.7]" in result.stdout, result.stderr
     assert json.loads(grid.with_suffix(".json").read_text())["internal_guidance"] == [1.5, 0.0, 0.7]
     result = run("sample.py", "--ckpt", digits_run, "--output", grid, *flags, "--internal-guidance", 1.5)
     assert result.returncode == 2 and "inner head" in result.stderr and result.stderr.count("\n") == 1
-    axes = [
-        "--solver",
-        "euler",
-        "--num-sampling-steps",
-        3,
-        "--cfg-scale",
-        1,
-        "--internal-guidance",
-        "none",
-        1.2,
-        "2:0:0.5",
-    ]
+    axes = ["--solver", "euler", *flags[:2], *flags[4:], "--internal-guidance", "none", 1.2, "2:0:0.5"]
     result = run("sweep.py", "--ckpt", ckpt, *axes, "--num-samples", 20, "--output-dir", tmp_path / "sweep")
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "sweep/results.jsonl").read_text().splitlines()]

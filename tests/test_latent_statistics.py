@@ -167,6 +167,14 @@ def test_latents_scaled_by_channel_train_and_sample_as_the_normalised_ones(runs,
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and bits[0] == pytest.approx(bits[1], abs=2e-3)
 
 
+@pytest.mark.parametrize("damage", [{"scale": [1.0, 2.0, float("nan"), 1.0]}, {"latent_size": [8, 4]}])
+def test_a_damaged_manifest_is_named(damage, caches, tmp_path):
+    manifest = json.loads((caches[0] / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | damage))
+    with pytest.raises(ValueError, match=f"manifest.json is damaged .*: {next(iter(damage))} is"):
+        open_source(str(tmp_path))
+
+
 def test_a_likelihood_takes_the_models_statistics_and_says_so(runs, images, vaes, plain):
     """From a cache with the autoencoder's own scale, the same bits."""
     flags = ["--sampling-method", "euler", "--num-sampling-steps", 3, "--num-examples", 8]

@@ -169,19 +169,13 @@ def test_a_run_resumes_to_the_same_bytes(way, whole, tmp_path):
     np.testing.assert_allclose(losses(whole[way]), losses(whole["one process"]), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "first, flags, processes",
-    [
-        ("ddp", [], 1),
-        (
-            "one process",
-            ["--parallel", "fsdp"],
-            3,
-        ),  # that share 2 weights of each kind, and rows that 3 does not divide
-        ("fsdp", ["--parallel", "fsdp", "--fsdp-shard-size", 2], 4),
-    ],
-)
+FSDP = ["--parallel", "fsdp"]
+OTHERS = [("ddp", [], 1), ("one process", FSDP, 3), ("fsdp", [*FSDP, "--fsdp-shard-size", 2], 4)]
+
+
+@pytest.mark.parametrize("first, flags, processes", OTHERS)
 def test_a_run_resumes_on_other_ranks(first, flags, processes, whole, tmp_path):
+    """Three share 2 weights of each kind, and rows that 3 does not divide."""
     resume(whole[first], tmp_path, *flags, processes=processes)
     np.testing.assert_allclose(losses(tmp_path), losses(whole["one process"])[4:], atol=1e-4)
 

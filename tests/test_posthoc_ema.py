@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 from processes import Script, run
-from test_resume import WAYS, contents, finish, kill
+from test_resume import WAYS, finish
 
 from training.step import EMA, PowerEMA, check_emas, update_ema
 from utils import checkpoint, posthoc
@@ -183,52 +183,36 @@ def test_snapshots_are_of_one_trajectory(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A function of the way to run that returns the folder of 40 steps with 8 checkpoints, all but the last removed."""
+    """A function of the way to run that returns the folder of 20 steps with 5 checkpoints, all but the last removed."""
     folders, script = {}, tmp_path_factory.mktemp("scripts") / "toy.py"
     script.write_text(SCRIPT)
-    flags = [*TINY, "--max-steps", 40, "--ckpt-every", 5, "--keep-checkpoints", 1]
+    flags = [*TINY, "--max-steps", 20, "--ckpt-every", 4, "--keep-checkpoints", 1, "--ema-snapshots"]
 
     def of(way):
         if way not in folders:
             folders[way] = tmp_path_factory.mktemp("runs") / way.replace(" ", "-")
-            finish(start(folders[way], way))
+            arguments = [*flags, *(["float16"] if way == "fsdp" else []), *WAYS[way], "--output-dir", folders[way]]
+            finish(Script(script, *arguments, processes=1 if way == "one process" else 2))
+            assert len(list((folders[way] / "ema-snapshots").iterdir())) == 11  # with the manifest
         return folders[way]
 
-    def start(folder, way):
-        kind = ["float16"] if way == "fsdp" else []
-        arguments = [*flags, *WAYS[way], "--ema-snapshots", *kind, "--output-dir", folder]
-        return Script(script, *arguments, processes=1 if way == "one process" else 2)
-
-    of.start = start
     return of
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_killed_run_has_the_same_snapshots(way, trained, tmp_path):
-    whole = trained(way)
-    assert kill(trained.start(tmp_path, way), tmp_path, 17)
-    finish(trained.start(tmp_path, way))
-    assert contents(tmp_path / "checkpoint-40") == contents(whole / "checkpoint-40")
-    for part in ("checkpoint-40/*.pt", "ema-snapshots/*"):
-        expected = {path.name: path.read_bytes() for path in whole.glob(part)}
-        assert {path.name: path.read_bytes() for path in tmp_path.glob(part)} == expected
-        assert len(expected) == (17 if part == "ema-snapshots/*" else 5)  # with the manifest
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_lengths_are_reconstructed_from_a_run(way, trained):
     folder = trained(way)
     for length, name, most in ((0.05, "power-0.05", 1e-3), (0.13, "long", 1e-3), (0.2, "longer", 1e-2)):
-        found, expected = load_weights(folder, str(length)), read_pt(folder / "checkpoint-40" / f"{name}.pt")
-        assert found.state_dict.keys() == expected.keys() and found.own and found.config["step"] == 40
+        found, expected = load_weights(folder, str(length)), read_pt(folder / "checkpoint-20" / f"{name}.pt")
+        assert found.state_dict.keys() == expected.keys() and found.own and found.config["step"] == 20
         assert distance(found.state_dict, expected) < most
-        assert "16 snapshots" in found.notes[-1]
+        assert "10 snapshots" in found.notes[-1]
         center = torch.cat(
-            [read_safetensors(folder / "checkpoint-40/model.safetensors")[key].flatten() for key in expected]
+            [read_safetensors(folder / "checkpoint-20/model.safetensors")[key].flatten() for key in expected]
         )
         # The trained weights are not the EMA: a reconstruction that returned them would not pass.
         assert distance(found.state_dict, expected, center) < (0.05 if way != "fsdp" else 0.3)
-    one = load_weights(trained("one process") / "checkpoint-40", "0.13")
+    one = load_weights(trained("one process") / "checkpoint-20", "0.13")
     assert distance(load_weights(folder, "0.13").state_dict, one.state_dict) < (1e-4 if way != "fsdp" else 1e-3)
 
 
@@ -236,13 +220,13 @@ def test_scripts_sample_any_length(trained, tmp_path):
     folder = trained("one process")
     words = ["sample.py", "--num-sampling-steps", 2, "--sampling-method", "euler", "--ckpt"]
     images = {}
-    for ema, ckpt in (("0.13", folder), ("0.13", folder / "checkpoint-40"), ("0.05", folder), ("power-0.05", folder)):
+    for ema, ckpt in (("0.13", folder), ("0.13", folder / "checkpoint-20"), ("0.05", folder), ("power-0.05", folder)):
         output = tmp_path / f"{ema}-{ckpt.name}.png"
         result = run(*words, ckpt, "--ema", ema, "--output", output)
         assert result.returncode == 0, result.stderr
-        assert ("EMA 0.13 reconstructed from 16 snapshots, error about 0.00" in result.stdout) == (ema == "0.13")
+        assert ("EMA 0.13 reconstructed from 10 snapshots, error about 0.00" in result.stdout) == (ema == "0.13")
         images[ema, ckpt.name] = output.read_bytes()
-    assert images["0.13", folder.name] == images["0.13", "checkpoint-40"] != images["0.05", folder.name]
+    assert images["0.13", folder.name] == images["0.13", "checkpoint-20"] != images["0.05", folder.name]
     guide = ["--guide-ckpt", folder, "--guide-ema", 0.2, "--ema", 0.08, "--output", tmp_path / "guided.png"]
     result = run(*words, folder, *guide)
     assert result.returncode == 0 and "EMA 0.08 recon" in result.stdout and "EMA 0.2 recon" in result.stdout
@@ -259,11 +243,11 @@ def test_what_cannot_be_reconstructed_is_named(trained, digits_run, tmp_path):
         with pytest.raises(ValueError, match="sigma_rel must be above 1e-06 and below 0.2887, not"):
             load_weights(folder, ema)
     (tmp_path / "loose").mkdir()
-    shutil.copy(folder / "checkpoint-40" / "power-0.05.pt", tmp_path / "loose")
+    shutil.copy(folder / "checkpoint-20" / "power-0.05.pt", tmp_path / "loose")
     for ckpt in (digits_run, digits_run / "checkpoint-3" / "ema.pt", tmp_path / "loose"):
         with pytest.raises(ValueError, match="EMA 0.13 needs a run with --ema-snapshots: "):
             load_weights(ckpt, "0.13")
-    file = folder / "ema-snapshots" / "power-0.10-15.safetensors"
+    file = folder / "ema-snapshots" / "power-0.10-12.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -271,15 +255,15 @@ def test_what_cannot_be_reconstructed_is_named(trained, digits_run, tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"{file} is damaged: its size or checksum is not the manifest's" in result.stderr
     file.unlink()
-    with pytest.raises(ValueError, match="power-0.10-15.safetensors cannot be read: No such file"):
+    with pytest.raises(ValueError, match="power-0.10-12.safetensors cannot be read: No such file"):
         load_weights(folder, "0.13")
     manifest = folder / "ema-snapshots" / "manifest.json"
-    for text in ("[", "{}", '{"files": {"../x": {}}}', '{"files": {"power-0.05-5.safetensors": 1}}'):
+    for text in ("[", "{}", '{"files": {"../x": {}}}', '{"files": {"power-0.05-4.safetensors": 1}}'):
         manifest.write_text(text)
         with pytest.raises(ValueError, match="manifest.json is damaged"):
             load_weights(folder, "0.13")
     shutil.rmtree(folder / "ema-snapshots")
-    with pytest.raises(ValueError, match="has no snapshots of step 40; they are written with --ema-snapshots"):
+    with pytest.raises(ValueError, match="has no snapshots of step 20; they are written with --ema-snapshots"):
         load_weights(folder, "0.13")
 
 
@@ -297,7 +281,7 @@ def test_without_the_flag_nothing_is_written_and_later_is_too_late(digits_run, t
 
 def test_a_run_goes_on_in_another_folder(trained, tmp_path):
     whole = trained("one process")
-    more = ["--max-steps", 45, "--ema-snapshots", "--output-dir", tmp_path / "run", "--resume", whole]
+    more = ["--max-steps", 22, "--ema-snapshots", "--output-dir", tmp_path / "run", "--resume", whole]
     result = run("train.py", *TINY, *more)
     assert result.returncode == 0, result.stderr
-    assert "from 18 snapshots" in load_weights(tmp_path / "run", "0.13").notes[-1]
+    assert "from 12 snapshots" in load_weights(tmp_path / "run", "0.13").notes[-1]

@@ -10,6 +10,7 @@ from test_alignment import make_encoder
 from test_resume import WAYS, contents, finish, kill, train
 
 STEPS = 6
+MICRO = {"ddp": ["--micro-batch-size", 4]}
 LOSSES = ("loss", "loss_direction", "loss_alignment", "loss_inner_head")
 
 
@@ -29,7 +30,7 @@ def uninterrupted(flags, tmp_path_factory):
     def of(way):
         if way not in folders:
             folders[way] = tmp_path_factory.mktemp("runs")
-            finish(train(folders[way], way, flags=flags))
+            finish(train(folders[way], way, *MICRO.get(way, ()), flags=flags))
         return folders[way]
 
     return of
@@ -45,6 +46,7 @@ def results(folder):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_killed_run_resumes_to_the_same_bytes_on_any_ranks(way, flags, uninterrupted, tmp_path):
     after = random.randrange(1, STEPS)
+    flags = [*flags, *MICRO.get(way, ())]
     kill(train(tmp_path, way, flags=flags), tmp_path, after)
     finish(train(tmp_path, way, flags=flags))
     expected = results(uninterrupted(way))

@@ -20,9 +20,10 @@ from sampling.draw import SampleSettings, describe, draw
 from sampling.pipeline import load_pipeline
 from training.resume import Start
 from training.setup import initial_weights, resolve_config
+from utils import tensor_files
 from utils.command_line import size
 from utils.sizes import is_size, scaled, size_name
-from utils.tensor_files import write_safetensors
+from utils.tensor_files import read_safetensors, write_safetensors
 
 CPU = torch.device("cpu")
 TRANSPORT = dict(path_type="Linear", prediction="velocity", loss_weight=None, train_eps=None, sample_eps=None)
@@ -113,18 +114,9 @@ def test_a_run_on_wide_images(wide_run, images, tmp_path):
     assert pixels.shape == (3, 8, 16) and pixels[:, :, :8].max() < 0 < pixels[:, :, 8:].min()
 
 
-def test_samples_and_likelihoods_of_wide_images(wide_run, images, tmp_path, monkeypatch, capsys):
-    result = run(
-        "sample.py",
-        "ODE",
-        "--ckpt",
-        wide_run,
-        *EULER,
-        "--output",
-        tmp_path / "x.png",
-        "--trajectory",
-        tmp_path / "t.png",
-    )
+def test_samples_and_likelihoods_of_wide_images(wide_run, images, tmp_path):
+    pictures = ["--output", tmp_path / "x.png", "--trajectory", tmp_path / "t.png"]
+    result = run("sample.py", "ODE", "--ckpt", wide_run, *EULER, *pictures)
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "x.png").size == (2 * (128 + 2) + 2, 64 + 4)
     words = ["--ckpt", wide_run, *EULER, "--cfg-scale", 1.5, "--num-fid-samples", 12, "--output", tmp_path / "x.npz"]
@@ -229,27 +221,15 @@ def test_scripts_sample_at_another_size(digits_run, tmp_path):
         assert content["arr_0"].shape == (4, 16, 16, 1)
     stored = json.loads((tmp_path / "x.npz.json").read_text())
     assert (stored["model"]["input_size"], stored["model"]["trained_size"]) == (16, 8)
-    words = [
-        "--ckpt",
-        digits_run,
-        "--image-size",
-        "8x12",
-        "--num-samples",
-        4,
-        "--num-sampling-steps",
-        3,
-        "--solver",
-        "euler",
-    ]
-    result = run("sweep.py", *words, "--cfg-scale", 1, "--output-dir", tmp_path / "sweep")
+    words = ["--ckpt", digits_run, "--image-size", "8x12", "--solver", "euler", "--num-sampling-steps", 3]
+    words += ["--cfg-scale", 1, "--num-samples", 4, "--output-dir", tmp_path / "sweep"]
+    result = run("sweep.py", *words)
     assert result.returncode == 0 and "--image-size 8x12" in result.stdout, result.stderr
 
 
 def config_of(images, init_from=None, image_size=16, **options):
     source = open_source(str(images))
-    options = {
-        key: value for key, value in SMALL.items() if key in ("patch_size", "hidden_size", "depth", "num_heads")
-    } | options
+    options = {key: SMALL[key] for key in ("patch_size", "hidden_size", "depth", "num_heads")} | options
     config = resolve_config(source, "SiT-S/2", options, {"image_size": image_size}, TRANSPORT, "none")
     return config, *initial_weights(config, 0, str(init_from), Start())
 
@@ -270,8 +250,15 @@ def test_fine_tuning_at_another_size(images, tmp_path):
     assert torch.equal(weights["pos_embed"], SiT(**config["model"]).pos_embed)
     assert any("positions are not those of the weights" in note for note in notes)
     assert not torch.equal(weights["pos_embed"], trained.pos_embed)
-    *_, notes = config_of(images, file, image_size=8)
-    assert not any("position" in note for note in notes)
+    config, _, notes = config_of(images, file, image_size=8, trained_size=8)
+    assert "trained_size" not in config["model"] and not any("position" in note for note in notes)
+
+    content = read_safetensors(file)
+    config = tensor_files.config_of(content)
+    for missing in ("pos_embed", "x_embedder.proj.weight"):
+        write_safetensors(file, {key: value for key, value in content.items() if key != missing}, config)
+        with pytest.raises(ValueError, match=missing):
+            config_of(images, file)
 
 
 def test_a_fine_tuned_run_samples_at_its_own_size(digits_run, tmp_path):

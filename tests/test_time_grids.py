@@ -215,6 +215,8 @@ def test_a_file_for_another_solver_is_noted(tmp_path):
     assert grid_notes([str(path)], now) == grid_notes(None, now) == grid_notes(["edm"], now) == []
     (line,) = grid_notes([str(path)], now | {"path": "VPPath", "cfg_scale": 2.0})
     assert line == f"--time-grid {path} was made for path LinearPath, cfg_scale 1.5"
+    (line,) = grid_notes([str(path)], now | {"internal_guidance": [1.4, 0.0, 1.0]})
+    assert line == f"--time-grid {path} was made for internal_guidance None"
 
 
 def test_flags_that_a_list_of_times_leaves_without_effect():

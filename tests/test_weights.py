@@ -205,7 +205,7 @@ def test_what_is_assumed_is_said_and_flags_say_otherwise(tmp_path, capsys):
     )
     counts = {"nfe": 1, "forward_passes": 1}
     settings = types.SimpleNamespace(mode="ODE", solver={"sampling_method": "euler"}, cfg_scale=1, seed=0)
-    settings.cfg_interval, settings.guidance = (0, 1), None
+    settings.cfg_interval, settings.guidance, settings.internal_guidance = (0, 1), None, None
     assert summary(describe(pipeline, settings) | counts).endswith("fp32, Linear velocity")
     load_pipeline(tmp_path / "w.pt", CPU, **GIVEN, path_type="GVP", prediction="score")
     assert printed(capsys) == ""

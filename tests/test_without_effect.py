@@ -12,7 +12,7 @@ from transport.integrators import ADAPTIVE_ODE_METHODS, ode_integrate
 from utils import command_line
 from utils.command_line import Parser, plain
 
-CONFIG = {"latents": {"vae": "none", "image_size": 8, "channels": 1}}
+CONFIG = {"latents": {"vae": "none", "image_size": 8, "channels": 1}, "model": {"input_size": 8, "patch_size": 2}}
 DIGITS = Source(None, None, str, 10, 1797)
 
 
@@ -28,6 +28,7 @@ def flags_of_train(words, config=CONFIG, source=DIGITS):
 
 
 TRAIN = {
+    "--trained-size 8": "--trained-size",
     "--max-steps 3 --epochs 2": "--epochs",
     "--logit-normal-mean 2": "--logit-normal-mean",
     "--logit-normal-std 2": "--logit-normal-std",
@@ -43,6 +44,7 @@ TRAIN = {
     "--vae-precision bf16": "--vae-precision",
     "--inner-head-weight 2": "--inner-head-weight",
     "--route 1 3 0": "--route",
+    "--route 1 3 0.03": "--route",
     "--image-key img --label-key fine_label": "--image-key --label-key",
 }
 USEFUL = [
@@ -56,6 +58,7 @@ USEFUL = [
     "--eval-num-sampling-steps 11",
     "--eval-samples 5000 --logit-normal-mean 0",  # the defaults, which mislead nobody
     "--dry-run --parallel fsdp",
+    "--route 1 3 0.04",
 ]
 
 
@@ -70,7 +73,7 @@ def test_a_flag_of_train_with_an_effect_is_not(words):
 
 
 def test_precision_and_inception_have_an_effect_on_large_images():
-    latents = {"latents": {"vae": "ema", "image_size": 256, "channels": 4}}
+    latents = CONFIG | {"latents": {"vae": "ema", "image_size": 256, "channels": 4}}
     words = "--vae-precision bf16 --eval-every 5 --inception-weights w.pth"
     assert flags_of_train(words, latents) == set()
     assert flags_of_train("--vae-precision bf16 --sample-every 0", latents, source=object()) == {"--vae-precision"}

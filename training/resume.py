@@ -109,7 +109,8 @@ def load(trainer, start, weights, config, *how):
     """Give the trainer the checkpoint of a start, or its initial `weights`; all ranks call this together.
 
     Where the checkpoint does not load, use the one before it. Return (the `Start` that was used, the trainer's notes).
-    Raise ValueError if none loads, or one is of another model than `config`; `how` is passed on to the trainer."""
+    Raise ValueError if none loads, or one is of another model than `config` or of another auxiliary loss; `how` is
+    passed on to the trainer."""
 
     def before(problem):
         damaged = [*start.damaged, problem]
@@ -120,7 +121,7 @@ def load(trainer, start, weights, config, *how):
         try:
             return start, trainer.start(weights, start.folder, *how)
         except ValueError as error:
-            if start.folder is None or start.chosen:
+            if start.folder is None or start.chosen or isinstance(error, checkpoint.OtherLoss):
                 raise
             start = distributed.on_rank_zero(before, str(error))
 

@@ -20,7 +20,7 @@ from utils.checkpoint import without_defaults
 from utils.command_line import flag_name, without_effect
 from utils.sizes import is_size, pair, scaled, size_name
 from utils.tensor_files import check_fit
-from utils.weights import TRANSPORT_KEYS, build_on_meta, class_names, load_weights
+from utils.weights import TRANSPORT_KEYS, build_on_meta, class_names, load_weights, model_config_from_shapes
 from vae import PRECISIONS, LatentSpace, full_name, geometry, open_space
 
 # Arguments of SiT that the data decides; every other one is a model option, with a flag of its name in train.py.
@@ -92,6 +92,8 @@ def resolve_config(source, model_name, options, sizes, transport, vae=None, skip
     vae = os.path.abspath(vae) if os.path.isdir(vae) else vae
     input_size = scaled(image_size, down=downsampling)
     decided = dict(input_size=input_size, in_channels=channels, num_classes=num_classes)
+    if options.get("trained_size") == input_size:
+        del options["trained_size"]  # which is its default
     latents = {"vae": vae, "image_size": image_size, "channels": channels} | _resolve_scaling(source, resumed)
     return {
         "model": without_defaults(options | decided),
@@ -239,8 +241,8 @@ def _note_on_positions(weights, model):
     def sizes(arguments):
         return [arguments.get("input_size"), arguments.get("trained_size") or arguments.get("input_size")]
 
-    side = math.isqrt(weights.state_dict["pos_embed"].numel() // model["hidden_size"]) * model["patch_size"]
-    there, here = sizes(weights.config["model"] if weights.own else {"input_size": side}), sizes(model)
+    known = weights.config["model"] if weights.own else model_config_from_shapes(weights.state_dict)
+    there, here = sizes(known), sizes(model)
     if there == here:
         return ""
     if not all(map(is_size, there)):
@@ -284,6 +286,8 @@ def flags_without_effect(changed, flags, config, source, most_pixels):
     in_pixels, image_size = config["latents"]["vae"] == "none", config["latents"]["image_size"]
     is_small = math.prod(pair(image_size)) * (config["latents"]["channels"] if in_pixels else 3) <= most_pixels
     decodes, one_process = flags["sample_every"] or flags["eval_every"], distributed.world_size() == 1
+    tokens = math.prod(pair(config["model"]["input_size"])) // config["model"]["patch_size"] ** 2
+    share = (flags["route"] or [1])[-1]
     rules = [
         (flags["max_steps"] is not None, ("epochs",), "beside --max-steps"),
         (flags["align"] is None, [key for key in flags if key.startswith("align_")], "without --align"),
@@ -297,7 +301,8 @@ def flags_without_effect(changed, flags, config, source, most_pixels):
         (not flags["eval_every"], ("eval_samples",), "without --eval-every"),
         (not decodes, ("eval_sampling_method", "eval_num_sampling_steps"), "without --sample-every and --eval-every"),
         (flags["inner_head"] is None, ("inner_head_weight",), "without --inner-head"),
-        (not (flags["route"] or [1])[-1], ("route",), "with a SHARE of 0"),
+        (flags["trained_size"] == config["model"]["input_size"], ("trained_size",), "where it is the input size"),
+        (not round(share * tokens), ("route",), f"with a SHARE of {share:g}, which is none of {tokens} tokens"),
         (is_small, ("inception_weights",), "on images this small, whose pixels are compared"),
         (in_pixels, ("vae_precision",), "with --vae none"),
         (not isinstance(source, Source) and not decodes, ("vae_precision",), "where no latents are decoded"),

@@ -231,11 +231,16 @@ def without_defaults(model):
     return {key: value for key, value in model.items() if key not in options or value != defaults[key]}
 
 
+class OtherLoss(ValueError):
+    """An auxiliary loss has other weights than a checkpoint, which is intact."""
+
+
 def load_training(folder, model, emas, optimizer, losses=None):
     """Load an intact checkpoint, which all ranks can read, into what `Writer.save` takes; all ranks call it together.
 
     The number of ranks and sharding may differ. Return a line for each EMA that the checkpoint lacks, which starts
-    from the trained weights, and each loss, which keeps its initial weights. Raise ValueError if weights do not fit."""
+    from the trained weights, and each loss, which keeps its initial weights. Raise ValueError if weights do not fit;
+    OtherLoss if those are a loss's."""
     path, notes, known = folder / "model.safetensors", [], {}
     weights = _read_on_rank_zero(read_safetensors, path)
     place(model, weights, path)
@@ -247,12 +252,17 @@ def load_training(folder, model, emas, optimizer, losses=None):
             place(ema, weights, path)
             notes.append(f"the checkpoint has no EMA {name!r}: it starts from the trained weights")
     reader = TensorReader(folder / "optimizer")
-    saved = distributed.on_rank_zero(lambda: list(reader.read_metadata().state_dict_metadata))
+    saved = distributed.on_rank_zero(lambda: reader.read_metadata().state_dict_metadata)
     for name, loss in (losses or {}).items():
-        if any(key.startswith(f"losses.{name}.") for key in saved):
-            known[name] = loss
-        else:
+        prefix, own = f"losses.{name}.weights.", loss[0].state_dict()
+        there = {key: getattr(entry, "size", None) for key, entry in saved.items() if key.startswith(prefix)}
+        if not there:
             notes.append(f"the checkpoint has no loss {name!r}: it keeps its initial weights")
+        elif there != {prefix + key: value.shape for key, value in own.items()}:
+            advice = "give the flags that it was trained with, or --init-from to start a new run"
+            raise OtherLoss(f"loss {name!r} of {folder} has weights of other shapes; {advice}")
+        else:
+            known[name] = loss
     content = _sharded_state(model, optimizer, known)  # in the shapes and shards of this run
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     try:
