@@ -11,7 +11,7 @@ PACKAGES = ("data", "evaluation", "sampling", "training", "transport", "utils")
 # What a module of a level may import of the project: itself and the levels behind it; utils imports sizes from models.
 LEVELS = ({"scripts"}, {"training", "sampling", "evaluation"}, {"data"}, {"vae"}, {"transport", "models"})
 PYTHON_FILES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))])
-MOST_LINES, MOST_LINES_OF_GROUND_FLOOR = 12_400, 4_700
+MOST_LINES, MOST_LINES_OF_GROUND_FLOOR = 12_100, 4_600
 
 
 def room_of(path):
