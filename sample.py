@@ -67,7 +67,7 @@ def main():
         images, counts = generate(pipeline, labels_of_images, settings, batch_size=batch_size, record=record)
     columns = args.columns or (len(labels) if args.samples_per_class > 1 else max(4, math.ceil(math.sqrt(len(labels)))))
     description = describe(pipeline, settings) | counts
-    description |= given(args, flags.GUIDE_FLAGS)
+    description |= given(args, ("ema", *flags.GUIDE_FLAGS))
     images_flags = {key: getattr(args, key) for key in ("ckpt", "samples_per_class", "batch_size")}
     with user_errors(parser), files.named(f"--output {args.output}"):
         with files.written_whole(args.output) as partial:

@@ -105,7 +105,7 @@ def main():
         total = draw_missing(shards, pipeline, labels, settings, args.per_proc_batch_size, args.save_png)
         distributed.barrier()
         seconds = time.perf_counter() - start
-        identity |= {"ckpt": args.ckpt, "vae_name": pipeline.space.name} | given(args, flags.GUIDE_FLAGS)
+        identity |= {"ckpt": args.ckpt, "vae_name": pipeline.space.name} | given(args, ("ema", *flags.GUIDE_FLAGS))
         description = distributed.on_rank_zero(shards.finish, labels, identity)
     if distributed.rank() == 0:
         print(summary(description))

@@ -214,7 +214,7 @@ def main(loss_builders=(), extra_emas=()):
     # Train.
     text = f"{max_steps:,} {text}; torch {torch.__version__}"
     changed = resume.changes(flags, source.num_examples, start)
-    for line in setup.opening_lines(output_dir, start, notes + more, config, source, changed, text):
+    for line in setup.opening_lines(output_dir, start, notes + more + recipe.notes, config, source, changed, text):
         run_log.line(line)
     writer = checkpoint.Writer(output_dir, args.keep_checkpoints, args.keep_every, run_log.line, args.ema_snapshots)
     finite = resume.FiniteCheck(device, args.max_bad_steps, state["bad_steps"], state["bad_in_a_row"], run_log.line)

@@ -269,7 +269,7 @@ def test_errors_are_one_line(data, encoder, tmp_path, capsys, monkeypatch):
     assert "has no token for each of 16 patches" in message("--align", "swin_tiny_patch4_window7_224")
     assert "it has no config.json" in message("--align", tmp_path)
     offline = message("--align", "vit_tiny_patch16_224")
-    assert "weights of vit_tiny_patch16_224.augreg_in21k_ft_in1k, of which" in offline and "cannot fetch" in offline
+    assert "weights of vit_tiny_patch16_224.augreg_in21k_ft_in1k, in place" in offline and "cannot fetch" in offline
     shutil.copytree(encoder[1], tmp_path / "half")
     tensors = safetensors.torch.load_file(encoder[1] / "model.safetensors")
     tensors.pop("norm.weight")

@@ -1,5 +1,7 @@
 """All techniques of training together: killed runs resume exactly on any ranks, and sampling needs --ckpt alone."""
 
+import json
+import pathlib
 import random
 
 import numpy as np
@@ -56,14 +58,17 @@ def test_a_killed_run_resumes_to_the_same_bytes_on_any_ranks(way, flags, uninter
 
 def test_samples_and_other_runs_need_the_checkpoint_alone(flags, uninterrupted, tmp_path):
     ckpt, few = ["--ckpt", uninterrupted("one process")], ["--num-sampling-steps", 3]
-    guided = ["--ema", 0.13, "--internal-guidance", 1.4, "--sampling-method", "heun2", "--cfg-scale", 1]
+    guided = ["--ema", 0.13, "--sampling-method", "heun2", "--cfg-scale", 1.5, "--internal-guidance", 1.4]
     grids = tmp_path / "plain.png", tmp_path / "guided.png"
     for output, more in zip(grids, ([], guided), strict=True):
         finish(Script("sample.py", "ODE", *ckpt, *few, *more, "--output", output))
     assert grids[0].read_bytes() != grids[1].read_bytes()
     images = tmp_path / "images.npz"
-    finish(Script("sample_ddp.py", "ODE", *ckpt, *few, *guided, "--num-fid-samples", 12, "--output", images))
+    draw = ["sample_ddp.py", "ODE", *ckpt, *few, "--num-fid-samples", 12, "--output", images]
+    finish(Script(*draw, *guided))
     assert np.load(images)["arr_0"].shape == (12, 8, 8, 1)
+    assert json.loads(pathlib.Path(f"{images}.json").read_text())["ema"] == "0.13"
+    assert "made with internal_guidance" in finish(Script(*draw, *guided[:-2]), code=2).stderr
     result = finish(Script("train.py", *flags, "--init-from", ckpt[1], "--output-dir", tmp_path / "next"))
-    assert f"weights from {ckpt[1]}/checkpoint-{STEPS}/ema.pt" in result.stdout
+    assert "recipe --route" in result.stdout and f"weights from {ckpt[1]}/checkpoint-{STEPS}/ema.pt" in result.stdout
     assert "initialised" not in result.stdout and len(read_metrics(tmp_path / "next")) == STEPS

@@ -8,7 +8,7 @@ from training.alignment import alignment_builder
 from training.losses import DirectionLoss, InnerHead
 from training.step import PowerEMA
 from utils import posthoc
-from utils.command_line import flag_group, integer, location, number, one_of
+from utils.command_line import flag_group, flag_name, integer, location, number, one_of
 from utils.encoders import DINOV2
 
 
@@ -20,6 +20,7 @@ class Recipe:
     emas: list = dataclasses.field(default_factory=list)  # `EMA`s beside that of --ema-decay
     route: tuple | None = None  # (FROM, TO, share): in training a share of the tokens skips blocks[FROM:TO]
     optimizer: dict = dataclasses.field(default_factory=dict)  # arguments of `build_optimizer`
+    notes: list[str] = dataclasses.field(default_factory=list)  # lines for the log
 
 
 def add_recipe_flags(parser):
@@ -62,6 +63,11 @@ def read_recipe(flags, model, transport, source):
         recipe.emas += [PowerEMA(name, sigma_rel) for name, sigma_rel in posthoc.TRACKED.items()]
     if flags["align"]:
         recipe.loss_builders.append(alignment_builder(flags, model, source, recipe.route))
+    used = [key for key in ("route", "direction_loss", "align", "ema_snapshots", "inner_head") if flags[key]]
+    used += ["optimizer"] if flags["optimizer"] != "adamw" else []
+    words = {key: flags[key] if isinstance(flags[key], list) else [flags[key]] for key in used}
+    text = ", ".join(" ".join(map(str, [flag_name(key), *values])) for key, values in words.items())
+    recipe.notes += [f"recipe {text}"] if text else []
     return recipe
 
 

@@ -67,7 +67,13 @@ class PatchEncoder:
             if self.folder is not None:
                 if not (self.folder / "config.json").is_file():
                     raise ValueError("it has no config.json")
+                if not (self.folder / WEIGHTS).is_file():
+                    raise ValueError(
+                        f"it has no {WEIGHTS}, which timm.models.save_for_hf(..., safe_serialization=True) writes"
+                    )
                 config = files.read_json(self.folder / "config.json")
+                if "architecture" not in config:
+                    raise ValueError("its config.json names no architecture, as timm's does")
                 architecture, options = config["architecture"], config.get("model_args", {})
                 self.normalisation = config.get("pretrained_cfg", config)
             self.name = full_name(architecture) if self.folder is None else str(self.folder.resolve())
@@ -91,8 +97,8 @@ class PatchEncoder:
         """Return the path of the weights, fetched once. Raise ValueError if they cannot be fetched."""
         if self.folder is not None:
             return self.folder / WEIGHTS
-        with files.named(f"weights of {self.name}, of which a folder (config.json, {WEIGHTS}) does, too", ValueError):
-            return weights_of(self._described, self.name, "give such a folder")
+        with files.named(f"the weights of {self.name}, in place of which a folder can be given", ValueError):
+            return weights_of(self._described, self.name, f"give a folder of one (config.json, {WEIGHTS})")
 
     def load(self):
         """Load the weights, and return their SHA-256. Raise ValueError if they cannot be fetched or do not fit."""

@@ -142,6 +142,10 @@ def reconstruct(output_dir, step, sigma_rel):
         raise ValueError(problem)
     times = [(t, length) for t, length, _ in snapshots.values()]
     coefficients, residual = fit(times, step, sigma_rel)
+    if residual > 1:  # the newest weights would be nearer
+        raise ValueError(
+            f"{folder} cannot make an EMA of length {sigma_rel:g}: its checkpoints are too far apart for it"
+        )
     kinds = safetensors.SafetensorError, OSError, RuntimeError, AttributeError
     with files.named(f"{folder} is damaged", kinds), contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safetensors.safe_open(folder / name, framework="pt")) for name in snapshots]
