@@ -22,12 +22,8 @@ from utils import distributed, files
 # Indices of the first image and of the one behind the last; NFE and forward passes per image.
 SHARD = re.compile(r"(\d+)-(\d+)\.calls-(\d+)-(\d+)\.npy")
 ADVICE = "give another --output"
-OPTIONAL = (
-    "time_grid",
-    "guidance",
-    "guide",
-    "internal_guidance",
-)  # keys of `describe` that are absent where the option is not in use
+# Keys of `describe` that are absent where the option is not in use.
+OPTIONAL = ("time_grid", "guidance", "guide", "internal_guidance")
 
 
 class Shards:
