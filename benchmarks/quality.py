@@ -106,6 +106,8 @@ RECIPES = {
     "inner-head": Recipe("--inner-head 2"),
     "internal-guidance": Recipe("--inner-head 2", internal_guidance=1.5),
     "muon": Recipe("--optimizer muon"),
+    "modern+direction+muon": Recipe("--block modern --direction-loss --optimizer muon"),
+    "modern+direction+muon+ema-0.05": Recipe("--block modern --direction-loss --optimizer muon", ema="0.05"),
 }
 TOGETHER = f"--block modern --direction-loss --route 1 3 0.5 {ALIGN} --inner-head 2 --optimizer muon"
 RECIPES["all"] = Recipe(TOGETHER)
