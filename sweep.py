@@ -18,6 +18,8 @@ import functools
 import math
 from collections.abc import Callable
 
+import torch
+
 from data.images import small_images
 from data.sources import DATA_FLAGS, Source, open_source
 from evaluation.features import MOST_PIXELS
@@ -272,6 +274,8 @@ class Sweep:
             self.loaded.clear()
             pipeline = self.load(**values)
             digests = pipeline.digests()
+            if self.how[1] and pipeline.device.type == "cpu":
+                torch.compiler.reset()  # what is compiled there holds weights
             pipeline.speed_up(*self.how)
             self.loaded[key] = pipeline, digests
         return self.loaded[key]

@@ -3,6 +3,7 @@
 Images are float tensors (N, 3, H, W) in [-1, 1]; in pixel space they have the channels of the data. Scale and shift are
 applied in this file alone."""
 
+import functools
 import math
 import os
 
@@ -81,7 +82,14 @@ class LatentSpace:
 
 def _per_channel(value, latents):
     """Return a float as it is, and a list of one per channel as a tensor (C, 1, 1) for latents (N, C, h, w)."""
-    return latents.new_tensor(value)[:, None, None] if isinstance(value, list) else value
+    return _column(tuple(value), latents.dtype, latents.device) if isinstance(value, list) else value
+
+
+@functools.cache
+@torch.inference_mode(False)  # what it is made in may differ from where it is used again
+def _column(values, dtype, device):
+    """Return numbers as a tensor (C, 1, 1), made once: while it is copied to a GPU, the host waits."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def _slices(batch, downsampling=1):

@@ -105,6 +105,8 @@ def drawing(pipeline, row, labels, settings):
 
     def drawn():
         resolve_precision(row.precision, pipeline.device, on_gpu="tf32")  # a global setting, which rows differ in
+        if pipeline.device.type == "cpu":
+            distributed.keep_freed_memory(not row.official)
         return function()
 
     return drawn
@@ -293,7 +295,7 @@ def main():
     print_results(results, nfe)
     if not on_gpu:
         print("\non a GPU: not measured")
-    measuring.write_json(args.json, {"model": name}, results, device)
+    measuring.write_json(args.json, {"model": name, "batch_size": batch_size, "nfe": nfe}, results, device)
 
 
 if __name__ == "__main__":

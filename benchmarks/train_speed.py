@@ -161,6 +161,8 @@ class Runner:
     def use(self, row):
         """Set the trainer to a row."""
         precision.resolve_precision(row.precision, self.device, on_gpu="tf32")
+        if self.device.type == "cpu":
+            distributed.keep_freed_memory(not row.official)
         self.trainer.precision, self.trainer.route = row.precision, row.route
         self.model.grad_checkpoint = row.grad_checkpoint
         self.trainer.losses = self.trainer.wrapped_losses = [self.alignment] if row.aligned else []

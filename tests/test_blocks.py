@@ -9,7 +9,7 @@ from conftest import TINY, read_metrics
 from processes import run
 
 from data.sources import open_source
-from models import BLOCKS, HeadNorm, SiT, SiT_models, position_angles, rotate, sincos_position_embedding
+from models import BLOCKS, HeadNorm, SiT, SiT_models, TanhGELU, position_angles, rotate, sincos_position_embedding
 from training import resume, setup
 from training.losses import DirectionLoss
 from transport import create_transport
@@ -277,3 +277,22 @@ def test_a_flag_beside_the_block_wins():
     transport = {"path_type": "Linear", "prediction": "velocity"}
     model = setup.resolve_config(open_source("digits"), "SiT-S/2", options, {}, transport, "none")["model"]
     assert (model["norm"], model["position"]) == ("rms", "rope") and not {"block", "mlp", "qk_norm"} & set(model)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 2**-7)])
+def test_gelu_computes_the_same_where_it_is_compiled(dtype, error):
+    """PyTorch's GELU in its tanh approximation, and its gradient."""
+    x = torch.cat([torch.linspace(-12, 12, 401), torch.tensor([-1e30, 0.0, 1e30])]).to(dtype).requires_grad_()
+    formulas = []
+
+    def backend(graph, inputs):
+        formulas.append(str(graph.code))
+        return graph
+
+    compiled = torch.compile(TanhGELU(), backend=backend, fullgraph=True, dynamic=False)
+    for function in (TanhGELU(), compiled):
+        expected, found = torch.nn.functional.gelu(x, approximate="tanh"), function(x)
+        torch.testing.assert_close(found, expected, rtol=error, atol=error)
+        gradients = (torch.autograd.grad(y[:-3].sum(), x)[0][:-3] for y in (found, expected))
+        torch.testing.assert_close(*gradients, rtol=error, atol=error)
+    assert len(formulas) == 1 and "sigmoid" in formulas[0]

@@ -1,7 +1,12 @@
 """Fast paths compute what plain ones do, in no more memory, and without waits of the host; the benchmarks run."""
 
+import copy
+import ctypes
+import dataclasses
 import functools
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +30,7 @@ from sampling.shards import background
 from training import costs
 from training.step import batches_on_device
 from transport import create_transport
+from utils.distributed import keep_freed_memory
 from utils.precision import autocast, choose_attention, compile_training, prepare_inference, without_tf32
 from vae import PixelSpace
 
@@ -80,12 +86,35 @@ def test_compiled_sampling_agrees_and_fills_its_last_batch(pipeline):
     assert sizes == {(4, 1)}  # guided, with one time for all
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
     hook.remove()
-    pipeline.speed_up("fp32", compiled=True)
-    drawn, counts_of_compiled = drawn_by("SDE", pipeline, batch_size=2)
-    assert counts_of_compiled == counts
-    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+    other = dataclasses.replace(pipeline, model=copy.deepcopy(pipeline.model))
+    for parameter in other.model.parameters():
+        parameter.neg_()
+    expected_of_other, _ = drawn_by("SDE", other)
+    for network, expectation in ((pipeline, expected), (other, expected_of_other)):  # what is compiled holds weights
+        network.speed_up("fp32", compiled=True)
+        drawn, counts_of_compiled = drawn_by("SDE", network, batch_size=2)
+        assert counts_of_compiled == counts
+        torch.testing.assert_close(drawn, expectation, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_used_again():
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(1 << 26)  # 256 MiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory(False)
+    assert faults() > 4 * 2**28 / os.sysconf("SC_PAGE_SIZE") / 2
+    keep_freed_memory()
+    faults()
+    assert faults() < 1000
+    keep_freed_memory(False)
+    assert faults() > 1000
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fast_paths_agree_with_the_golden_values(compiled):
     golden = load_golden("model.npz")
@@ -137,9 +166,10 @@ def test_one_time_for_all_images_is_embedded_once(pipeline):
     torch.testing.assert_close(pipeline.model(x, t[:1], y), pipeline.model(x, t, y), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_step_of_training_makes_the_host_wait(precision):
+@pytest.mark.parametrize("precision, shift", [("fp32", 0.0), ("bf16", [0.0, 0.1, 0.2, 0.3])])
+def test_no_step_of_training_makes_the_host_wait(precision, shift):
     runner = train_speed.Runner(SIZES, 4, CPU)
+    runner.space.shift = shift
     runner.reset()
     official, ours = train_speed.Row("official", official=True), train_speed.Row("ours", precision=precision)
     assert train_speed.host_waits(runner, ours) == "none"

@@ -67,6 +67,17 @@ def test_the_autoencoder_is_loaded_at_its_first_use_if_scale_and_shift_are_given
     assert space.load() is space.model
 
 
+def test_a_scale_per_channel_from_inference_mode_serves_training(vae_folder):
+    space = vae.LatentSpace(vae_folder[0], "cpu", scale=[2.0, 0.125], shift=[7.0, -3.0])
+    with torch.inference_mode():  # first of all that use these numbers
+        space.sample(torch.ones(1, 2, 2, 1, 1))
+    moments = torch.tensor([[8.0, 1.0], [0.0, 0.0]])[None, :, :, None, None].requires_grad_()
+    latents = space.sample(moments)
+    assert latents.flatten().tolist() == [2.0, 0.5]
+    latents.sum().backward()
+    assert moments.grad[0, 0].flatten().tolist() == [2.0, 0.125]
+
+
 def test_the_autoencoder_is_frozen(vae_folder):
     model = vae.open_space(vae_folder[0], "cpu").model
     assert not model.training and not any(p.requires_grad for p in model.parameters())

@@ -47,7 +47,8 @@ def without_tf32():
 
 def autocast(device, precision):
     """Return a context in which matrix products are computed in `precision`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    # A cache of converted weights would save nothing, as each is used once, and keep what --grad-checkpoint frees.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def choose_attention(model, device, precision):
@@ -73,9 +74,16 @@ def prepare_inference(model, device, precision, compiled):
     """Convert the blocks of a model that is not trained to `precision`, and compile its forward pass, in place.
 
     Call the model under `autocast`. On a GPU the compiled pass is recorded as CUDA graphs, one for each batch size;
-    the next call overwrites their output."""
+    the next call overwrites their output. On a CPU it is compiled for these weights alone, without gradients: each
+    batch size has a copy of them, laid out for oneDNN, until `torch.compiler.reset`."""
     choose_attention(model, device, precision)
     model.blocks.to(DTYPES[precision])
     if compiled:
         mode = "reduce-overhead" if device.type == "cuda" else "default"
-        model.forward_embedded = torch.compile(model.forward_embedded, fullgraph=True, dynamic=False, mode=mode)
+        forward = torch.compile(model.forward_embedded, fullgraph=True, dynamic=False, mode=mode)
+        if device.type == "cpu":
+            from torch._inductor import config  # takes a second, which other runs save
+
+            # No option of torch.compile, as it is read before those apply: when a batch size comes for the first time.
+            forward = config.patch(freezing=True)(forward)
+        model.forward_embedded = forward
