@@ -20,7 +20,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from data.cached import ShardWriter, size_of_stopped
+from data.cached import DTYPES, ShardWriter, stopped_setting
 from data.images import ImageDataset, check_problems
 from data.loader import make_loader
 from data.sources import DATA_FLAGS, Source, add_data_flags, flag_rules, open_source
@@ -41,7 +41,8 @@ def build_parser():
     add("--batch-size", integer(1), "N", "images at a time, per rank", default=64)
     add("--shard-size", integer(1), "N", "images per shard", default=4096)
     add("--num-classes", integer(1), "N", "number of classes (default: the data's)")
-    add("--dtype", one_of("float32", "float16"), "float32|float16", "of stored moments", default="float32")
+    kinds = f"of stored moments (default: {DTYPES[0]}, or that of the stopped extraction)"
+    add("--dtype", one_of(*DTYPES), "|".join(DTYPES), kinds)
     add("--keep-images", None, None, "store the cropped images, too, for losses that read them: 3 bytes per pixel")
     kind = "a model of timm, or a folder of one, whose patch features --align is to read: float16, of an image and its"
     kind = f"{kind} mirror image (768 KiB for 256 tokens of 768 features; without a value: {DINOV2})"
@@ -67,7 +68,7 @@ def main():
         unread = (args.features is None, ("patch_size",), "without --features")
         source.notes += without_effect(parser.changed, [unread, *flag_rules(args.data_path, args.data_format)])
         multiple = 2 * geometry(args.vae or "ema", None)[0]  # patches are of 2 latent pixels or more
-        image_size = source.choose_image_size(args.image_size or size_of_stopped(args.output), multiple)
+        image_size = source.choose_image_size(args.image_size or stopped_setting(args.output, "image_size"), multiple)
         space, encoding = open_autoencoder(args.vae or "ema", args.vae_precision, image_size, device)
         encoder, features = open_encoder(args.features, encoding["latent_size"], args.patch_size)
         data_path = os.path.abspath(args.data_path) if os.path.exists(args.data_path) else args.data_path
@@ -75,7 +76,8 @@ def main():
         settings = {"data_path": data_path} | {key: getattr(args, key) for key in ("split", "image_key", "label_key")}
         settings |= {"names_and_labels": source.fingerprint(), "num_examples": source.num_examples}
         settings |= {"num_classes": num_classes, "mirrors": source.mirrors, **encoding, **features}
-        settings |= {key: getattr(args, key) for key in ("batch_size", "shard_size", "dtype")}
+        dtype = args.dtype or stopped_setting(args.output, "dtype") or DTYPES[0]
+        settings |= {"batch_size": args.batch_size, "shard_size": args.shard_size, "dtype": dtype}
         settings |= {key: True for key in ("keep_images", "channel_statistics") if getattr(args, key)}
         writer = ShardWriter(args.output, settings, source.class_names)
         distributed.on_rank_zero(writer.prepare)
@@ -94,7 +96,7 @@ def main():
             encoded, left_out = [], []
             for batch in itertools.islice(batches, len(writer.batches(k))):
                 left_out += check_problems(batch["problems"], args.skip_bad_images)
-                encoded.append(encode(space, batch, getattr(torch, args.dtype), args.keep_images, encoder))
+                encoded.append(encode(space, batch, getattr(torch, dtype), args.keep_images, encoder))
                 bar.update(len(batch["y"]))
             for line in left_out:
                 tqdm.write(f"left out {line}")
@@ -107,9 +109,7 @@ def main():
     distributed.barrier()
     if rank == 0:
         with user_errors(parser):
-            for line in writer.finish():
-                print(line)
-        print(args.output)
+            print(*writer.finish(), args.output, sep="\n")
     distributed.shutdown()
 
 
@@ -143,11 +143,13 @@ def encode(space, batch, dtype, keep_images, encoder=None):
     """Return a batch's good examples as a part of a shard: "labels" is (N,) int64, "images" uint8 (N, 3, H, W).
 
     "moments" is (N, 2, 2, C, h, w): of the image and of its mirror image, mean and standard deviation. "features" is
-    float16 (N, 2, T, width), of both, too. Raise ValueError if a feature is not finite in float16."""
+    float16 (N, 2, T, width), of both, too. Raise ValueError if a moment or a feature is not finite so."""
     good = torch.tensor([not lines for lines in batch["problems"]])
     images = batch["images"].to(space.device)
     moments = torch.stack([space.moments(images), space.moments(images.flip(-1))], dim=1).cpu()
     part = {"moments": moments[good].to(dtype), "labels": batch["y"][good]}
+    if not part["moments"].isfinite().all():
+        raise ValueError("latents are not finite, or too large for --dtype float16")
     if encoder is not None:
         part["features"] = torch.stack([encoder(images), encoder(images.flip(-1))], dim=1).cpu()[good].half()
         if not part["features"].isfinite().all():

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import safetensors.torch
@@ -19,6 +18,7 @@ from utils.weights import class_names
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 SIZES, COUNTS = ("image_size", "latent_size"), ("channels", "num_classes")  # keys of a manifest
 CONSTANT = 1e-6  # standard deviation of a channel that is only rounded, in units of its mean or 1
+DTYPES = "float16", "float32"  # of moments
 FEATURES = {"encoder": str, "sha256": str, "grid": list, "width": int}  # of the patch features in the shards
 OTHER_KEYS = {"vae": str, "mirrors": bool, "scale": (int, float, list), "shift": (int, float, list)}
 
@@ -29,9 +29,10 @@ class CachedLatents(Dataset):
     The key of an item is (index, flip), as for `ImageDataset`. An item is {"moments": float32 (2, C, h, w), the mean
     and standard deviation of the VAE's posterior, "y": int, "problems": []}. The manifest's keys are attributes. Raise
     ValueError if the manifest that extract_latents.py wrote into `folder` cannot be read, or a shard is missing or
-    differs from it; with `skip_bad`, leave such shards out, with a line for each in `left_out`."""
+    differs from it; with `skip_bad`, leave such shards out, with a line for each in `left_out`. A shard is read to see
+    that if it is new or has changed since it was; with `verify` "full", always."""
 
-    def __init__(self, folder, skip_bad=False):
+    def __init__(self, folder, skip_bad=False, verify="changed"):
         self.folder = pathlib.Path(folder)
         path = self.folder / MANIFEST
         if not path.is_file():
@@ -56,8 +57,7 @@ class CachedLatents(Dataset):
                 if not isinstance(self.features[key], kind):
                     raise ValueError(f"{key} of the features is {self.features[key]!r}")
             paths = [self.folder / shard["file"] for shard in manifest["shards"]]
-            with ThreadPoolExecutor() as threads:
-                problems = list(threads.map(files.problem_with, paths, manifest["shards"]))
+            problems = files.problems_with(self.folder, manifest["shards"], read_all=verify == "full")
         self.left_out = [f"{problem}; run extract_latents.py again to rewrite it" for problem in problems if problem]
         self.paths = [path for path, problem in zip(paths, problems, strict=True) if not problem]
         if not self.paths or (self.left_out and not skip_bad):
@@ -220,8 +220,8 @@ def channel_statistics(sums):
     return scaling, np.flatnonzero(constant).tolist()
 
 
-def size_of_stopped(folder):
-    """Return the image size of an extraction into `folder` that was stopped, which continues with it; else None."""
+def stopped_setting(folder, key):
+    """Return "image_size" or "dtype" of an extraction into `folder` that was stopped, and continues so; else None."""
     with contextlib.suppress(ValueError):
-        size = files.read_json(folder / SETTINGS).get("image_size")
-        return size if is_size(size) else None
+        value = files.read_json(folder / SETTINGS).get(key)
+        return value if (is_size(value) if key == "image_size" else value in DTYPES) else None

@@ -20,7 +20,7 @@ from utils.files import named
 from vae import PRECISIONS
 
 # Keys of the flags that are arguments of `open_source`: `open_source(**given(args, DATA_FLAGS))`.
-DATA_FLAGS = ("data_path", "data_format", "image_key", "label_key", "split", "streaming", "skip_bad_images")
+DATA_FLAGS = ("data_path", "data_format", "image_key", "label_key", "split", "streaming", "skip_bad_images", "verify")
 # Beside the names in DATASETS.
 FORMATS = ("folder", "imagefolder", "saved", "parquet", "arrow", "edm", "zip", "npz", "webdataset", "latents", "hub")
 FILE_FORMATS = {f".{kind}": kind for kind in ("parquet", "arrow", "zip", "npz")} | {".tar": "webdataset"}
@@ -42,6 +42,8 @@ def add_data_flags(parser, with_loader=True):
     add("--split", str, "NAME", "split to read, where the data have several (default: train)")
     add("--streaming", None, None, "read hub, parquet or arrow data from front to back, without a copy on the disk")
     add("--skip-bad-images", None, None, "leave out bad images, labels, class folders and shards (default: stop)")
+    shards = "shards of latents to check at the start: new and changed ones, or full: all, which finds a failing disk"
+    add("--verify", one_of("changed", "full"), "changed|full", shards, default="changed")
     crops = "size of the crops (default: that of all images if they are equal squares, else 256)"
     add("--image-size", size, "PIXELS|HxW", crops)
     vae = "autoencoder; none: pixels (default: the cached latents', or ema)"
@@ -63,6 +65,7 @@ def open_source(
     split=None,
     streaming=False,
     skip_bad_images=False,
+    verify="changed",
 ):
     """Open the labelled images that the flags of these names describe. A format is a name in DATASETS, or
 
@@ -100,7 +103,7 @@ def open_source(
         return open_metadata(data_path, split, label_key, skip_bad_images)
     if data_format == "latents":
         foreign = None if (pathlib.Path(data_path) / MANIFEST).is_file() else find_latents(pathlib.Path(data_path))
-        return foreign(skip_bad_images) if foreign else CachedLatents(data_path, skip_bad_images)
+        return foreign(skip_bad_images) if foreign else CachedLatents(data_path, skip_bad_images, verify)
     if data_format in ("edm", "zip"):
         return _labelled_files(data_path, split, skip_bad_images)
     if data_format == "npz":
@@ -115,7 +118,9 @@ def flag_rules(data_path, data_format):
     """Return rules for `command_line.without_effect`: which flags have no effect on data of this format."""
     kind = data_format or (data_path and recognise_format(data_path))
     why = f"on {kind} data, which have no such column"
-    return [(kind not in kinds, (key,), why) for key, kinds in KEY_FORMATS.items()]
+    rules = [(kind not in kinds, (key,), why) for key, kinds in KEY_FORMATS.items()]
+    has_sums = kind == "latents" and (pathlib.Path(data_path) / MANIFEST).is_file()
+    return [*rules, (not has_sums, ("verify",), "on data that are no latents of extract_latents.py")]
 
 
 def _labelled_files(data_path, split, skip_bad):

@@ -173,7 +173,7 @@ def from_table(table, data_path, image_key, label_key, streaming=False, notes=()
     if kind == "bool":
         rows.classes, rows.numbers = ["False", "True"], {False: 0, True: 1, None: -1}
     if not streaming:
-        found = list(rows.table[label_key])
+        found = table.select_columns([label_key]).with_format("arrow")[:][label_key].to_pylist()
         if kind == "string":
             rows.targets, rows.classes = number_labels(found)
             rows.numbers = dict(zip(found, rows.targets.tolist(), strict=True))

@@ -24,7 +24,7 @@ EXIT_DIVERGED = 3  # loss or gradient was not finite for too many steps in a row
 EXIT_STOPPED = 75
 
 # Flags that decide where a run is and where it resumes, not what it computes.
-FLAGS_OF_PLACE = ("output_dir", "results_dir", "resume", "config", "dry_run", "num_workers")
+FLAGS_OF_PLACE = ("output_dir", "results_dir", "resume", "config", "dry_run", "num_workers", "verify")
 COUNTS = ("bad_steps", "bad_in_a_row", "bad_images")  # in trainer_state.json
 
 

@@ -10,12 +10,18 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
+import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 LOCK = ".lock"
+VERDICTS = ".verified.json"  # beside a manifest: which of its files were intact, and in which state
+SETTLED = 2 * 10**9  # nanoseconds after a change, from which another one is sure to change the time stamps, too
+PATIENCE = 10  # seconds of waiting for another process, after which a line says so
 _locks = []  # a lock is held while its file is open
 
 
@@ -119,7 +125,7 @@ def keep_settings(path, settings, advice, author):
     and the folder holds files."""
     if not path.exists():
         names = [entry.name for entry in path.parent.iterdir()]
-        if any(name != LOCK and not re.fullmatch(r"\..+\.partial", name) for name in names):
+        if any(name not in (LOCK, VERDICTS) and not re.fullmatch(r"\..+\.partial", name) for name in names):
             raise ValueError(f"{path.parent} is not empty, and {author} did not write it; {advice}")
         write_json(path, settings)
     check_same_settings(path, settings, advice)
@@ -238,3 +244,95 @@ def problem_with(path, entry):
         return None if intact else f"{path} is damaged: its size or checksum is not the manifest's"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
+
+
+def problems_with(folder, entries, read_all=False):
+    """Return for each entry of a manifest, whose "file" is in `folder`, the line of `problem_with`, or None.
+
+    A file that was intact is not read again, unless its size, its time stamps or its entry change, or all files are to
+    be read (`read_all`). Verdicts are stored in the folder, else in the user's cache, else nowhere. Processes on a node
+    take turns, so that one reads for all of them."""
+    paths, places = [folder / entry["file"] for entry in entries], _places_of_verdicts(folder)
+    with contextlib.ExitStack() as turn, ThreadPoolExecutor() as threads:
+        if not read_all:
+            turn.enter_context(_in_turn(places[-1].stem))
+        verdicts, problems = list(threads.map(_verdict, paths, entries)), [None] * len(paths)
+        stored = [{} if read_all else _read_verdicts(place) for place in places]
+        known = {v["file"]: v for v in verdicts if v and _says_intact(stored, v)}
+        unread = [k for k, v in enumerate(verdicts) if not v or known.get(v["file"]) != v]
+        if unread and not read_all and not _write_verdicts(places, known):
+            turn.close()  # no other process could learn from this one
+        for k, problem in zip(unread, threads.map(lambda k: problem_with(paths[k], entries[k]), unread), strict=True):
+            problems[k], verdict = problem, verdicts[k]
+            if verdict and verdict == _verdict(paths[k], entries[k]):
+                known[verdict["file"]] = verdict | ({"damaged": True} if problem else {})
+        if unread:
+            _write_verdicts(places, known)
+    return problems
+
+
+def _verdict(path, entry):
+    """Return what is stored of an intact file; None if its size is wrong, or it has only just changed.
+
+    A program can set back the first time stamp, and not the second."""
+    with contextlib.suppress(OSError):
+        state = path.stat()
+        if state.st_size == entry.get("bytes") and max(state.st_mtime_ns, state.st_ctime_ns) < time.time_ns() - SETTLED:
+            times = {"mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
+            return {key: entry.get(key) for key in ("file", "bytes", "sha256")} | times
+
+
+def _says_intact(stored, verdict):
+    """Return whether stored verdicts hold this one. One that found damage counts more, wherever it is stored."""
+    found = [there.get(verdict["file"]) for there in stored]
+    return verdict in found and verdict | {"damaged": True} not in found
+
+
+def _places_of_verdicts(folder):
+    """Return the files that can hold the verdicts on a folder's files, in the order in which they are tried."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    cache = cache if cache.is_absolute() else pathlib.Path(os.devnull)  # of a user without a home, nowhere
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
+    return [folder / VERDICTS, cache / "sit" / f"{name}.json"]
+
+
+def _read_verdicts(place):
+    """Return the verdicts in a file; {} if there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(place) if place.is_file() else {}
+    return {}
+
+
+def _write_verdicts(places, verdicts):
+    """Replace the verdicts in the first of `places` that can be written. Return whether there is one."""
+    for place in places:
+        own = place.with_name(f".{place.name}-{os.uname().nodename}-{os.getpid()}.partial")  # nodes may write at once
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                write_json(own, verdicts)
+                own.replace(place)
+                return True
+            finally:
+                own.unlink(missing_ok=True)
+    return False
+
+
+@contextlib.contextmanager
+def _in_turn(name):
+    """Context in which one of a user's processes on this node is at a time, if files can be locked there.
+
+    A line says what is waited for: a process that is stopped has its turn for ever."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path = pathlib.Path(tempfile.gettempdir()) / f"sit-{os.getuid()}-{name}.lock"
+            file = stack.enter_context(open_own(path, "a"))
+            text = f"waiting for a process that checks the same files and has locked {path}"
+            note = threading.Timer(PATIENCE, print, [text], {"flush": True})
+            note.start()
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            finally:
+                note.cancel()
+            stack.callback(path.unlink, missing_ok=True)
+        yield
