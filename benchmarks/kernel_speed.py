@@ -117,6 +117,7 @@ def build_parser():
     add("--batch-size", at_least_one, "N", "images (default: 32 on a GPU, 4 on a CPU)")
     add("--rounds", at_least_one, "N", "rounds over all rows", default=5)
     add("--repeats", at_least_one, "N", "calls of a row in a round (default: 50 on a GPU, 2 on a CPU)")
+    measuring.add_json_flag(add)
     return parser
 
 
@@ -124,6 +125,7 @@ def main():
     parser = build_parser()
     args = parser.parse_args()
     with command_line.user_errors(parser):
+        measuring.check_json(args.json)
         device = distributed.init()
     on_gpu = device.type == "cuda"
     batch_size, repeats = args.batch_size or (32 if on_gpu else 4), args.repeats or (50 if on_gpu else 2)
@@ -144,6 +146,10 @@ def main():
     first = medians["block by block"]
     lines = [[name, f"{seconds * 1e3:.3f} ({first / seconds:.2f})"] for name, seconds in medians.items()]
     measuring.print_table(["how", "ms (ratio)"], lines)
+    seconds = {"forward": forward, "forward and backward": both}
+    rows = {kind: {f"{name}, {size}": value for (name, size), value in row.items()} for kind, row in seconds.items()}
+    settings = {"heads": heads, "tokens": args.tokens, "head_size": head_size, "batch_size": batch_size}
+    measuring.write_json(args.json, settings, rows | {"modulation": medians}, device)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Peak memory of training: python benchmarks/memory.py
 
-First the estimates of `train.py --dry-run` beside peaks measured on this device, each in its own process: of all
-tensors, and of what is taken from the system, which includes what the allocator wastes and libraries use. Then, by the
-estimate, the largest batch that fits GPUs of several sizes.
+First the estimates of `train.py --dry-run` beside peaks measured on this device, each in its own process, on a GPU both
+in one: of all tensors, and of what is taken from the system, which includes what the allocator wastes and libraries
+use. Then, by the estimate, the largest batch that fits GPUs of several sizes.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 
@@ -21,16 +22,18 @@ GPU_GIB = (24, 40, 80, 141)
 USABLE = 0.92  # of a GPU; the rest is for CUDA, the workspace of kernels, and what the allocator wastes
 LARGEST = 4096
 SETTINGS = (("fp32", False), ("bf16", False), ("bf16", True))  # precision and gradient checkpointing
+METERS = {"tensors": measuring.PeakOfTensors, "taken": measuring.PeakOfProcess}
 
 
-def measured(meter, model_config, batch_size, precision, grad_checkpoint):
-    """Return the peak memory of `train` in bytes, by `PeakOfTensors` or `PeakOfProcess`."""
+def measured(names, model_config, batch_size, precision, grad_checkpoint):
+    """Return {name: peak memory of `train` in bytes} by some of METERS, together."""
     device = distributed.init()
     resolve_precision(precision, device, on_gpu="bf16")
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # makes libraries allocate their memory
-    with meter(device) as peak:
+    with contextlib.ExitStack() as stack:
+        peaks = {name: stack.enter_context(METERS[name](device)) for name in names}
         train(device, model_config, batch_size, precision, grad_checkpoint)
-    return peak.bytes
+    return {name: peak.bytes for name, peak in peaks.items()}
 
 
 def train(device, model_config, batch_size, precision, grad_checkpoint):
@@ -51,9 +54,10 @@ def measure(model_config, batch_size, precision, grad_checkpoint, device):
     """Return a dict of the setting, its estimate and its measured peaks, in bytes."""
     setting = dict(batch_size=batch_size, precision=precision, grad_checkpoint=grad_checkpoint)
     peaks = {}
-    for name, meter in (("tensors", measuring.PeakOfTensors), ("taken", measuring.PeakOfProcess)):
+    # On a CPU the profiler that counts tensors takes memory of the process.
+    for names in [tuple(METERS)] if device.type == "cuda" else [(name,) for name in METERS]:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            peaks[name] = pool.apply(measured, (meter, model_config), setting)
+            peaks |= pool.apply(measured, (names, model_config), setting)
     return setting | {"estimate": estimate(model_config, **setting, device=device)} | peaks
 
 

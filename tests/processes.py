@@ -17,7 +17,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["datasets", "diffusers.models", "sampling.draw", "data.loader", "vae", "yaml", "sklearn.datasets"]
+    ["datasets", "diffusers.models", "sampling.draw", "data.loader", "vae", "yaml", "sklearn.datasets", "torchdiffeq"]
 )
 
 

@@ -14,7 +14,6 @@ data to noise; `noise` is standard normal, like x. Each call of `velocity` or `d
   more than one evaluation then makes one less."""
 
 import torch
-import torchdiffeq
 
 from .multistep import AdamsBashforth, DPMSolver2M, Explicit, Stochastic, UniPC, of_order
 
@@ -95,6 +94,8 @@ def ode_integrate(velocity, x, times, *, method, atol, rtol, path=None, trajecto
         options["dtype"] = times.dtype
         options["max_num_steps"] = MOST_STEPS
     settings = dict(method=method, atol=atol, rtol=rtol, options=options)
+    import torchdiffeq  # takes a second to import, and training and the multistep solvers do not need it
+
     try:
         return torchdiffeq.odeint(lambda t, x: inside(x, t), x, times if trajectory else times[[0, -1]], **settings)
     except AssertionError as error:  # how torchdiffeq says that its steps became too small or too many
