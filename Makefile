@@ -9,6 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 DEMO := results/digits-$(shell date +%Y%m%d-%H%M%S)
 LOWEST := .venv-lower-bounds
+# Up to four tests at a time, one to a processor. Threads of one that wait for each other would take time from the rest.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+test test-lower-bounds: export OMP_NUM_THREADS = 1
 
 .PHONY: demo test test-lower-bounds setup
 
@@ -17,10 +20,10 @@ demo: setup
 	$(VENV)/bin/python demo.py --ckpt $(DEMO)
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST)
 
 test-lower-bounds: $(LOWEST)/installed
-	$(LOWEST)/bin/python -m pytest
+	$(LOWEST)/bin/python $(PYTEST)
 
 setup: $(VENV)/installed
 

@@ -27,6 +27,8 @@ from utils import command_line, distributed, files, grids
 
 DATA = {(1, 8, 8, 10): "digits", (1, 32, 32, 10): "mnist5k"}  # by the latent shape and the classes of a run on them
 MOST_SIDE = 16  # pixels
+# 16 NFE; dopri5 makes 56, for the same metrics.
+SOLVER = ODE_DEFAULTS | {"sampling_method": "ab4", "num_steps": 17}
 
 
 def features(images):
@@ -81,10 +83,10 @@ def main():
         if data is None:
             raise ValueError(f"--ckpt {args.ckpt} is not of a run on {' or '.join(DATA.values())}")
         source = open_source(data)
-        settings = resolve_settings(pipeline, "ODE", ODE_DEFAULTS | {"num_steps": 50}, args.cfg_scale, None, args.seed)
+        settings = resolve_settings(pipeline, "ODE", SOLVER, args.cfg_scale, None, args.seed)
 
         labels = list(range(10)) * args.samples_per_class
-        images, counts = generate(pipeline, labels, settings, batch_size=500)
+        images, counts = generate(pipeline, labels, settings, batch_size=100)
     description = describe(pipeline, settings) | counts
     metrics = judge(images, np.array(labels), *split_real(source))
     with command_line.user_errors(parser), files.named(f"--output {output}"):

@@ -70,7 +70,7 @@ def frechet_distance(mean_x, covariance_x, mean_y, covariance_y):
 
 
 def _root(covariance):
-    """Return A (D, D) with A A^T = covariance: by Cholesky, or from the eigenvectors if that is near singular."""
+    """Return A (D, R) with A A^T = covariance: by Cholesky, or from the eigenvectors if that is near singular."""
     covariance = torch.as_tensor(covariance, dtype=torch.float64)
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed and factor.diagonal().min() ** 2 > 1e-10 * covariance.diagonal().max():
@@ -79,7 +79,8 @@ def _root(covariance):
     if values[0] < -1e-3 * values[-1]:
         raise ValueError(f"a covariance has the eigenvalue {values[0]:.3g}; none can be below 0")
     rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]  # the square root would magnify it
-    return vectors * torch.where(values > rounding, values, 0).sqrt()
+    kept = values > rounding  # of N < D images, N - 1: fewer columns make the singular values cheaper
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def inception_score(logits):
