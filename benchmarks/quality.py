@@ -108,6 +108,8 @@ RECIPES = {
     "muon": Recipe("--optimizer muon"),
     "modern+direction+muon": Recipe("--block modern --direction-loss --optimizer muon"),
     "modern+direction+muon+ema-0.05": Recipe("--block modern --direction-loss --optimizer muon", ema="0.05"),
+    "lr-4e-3": Recipe("--lr 4e-3"),  # twice the base recipe's
+    "modern+direction+muon+lr-4e-3": Recipe("--block modern --direction-loss --optimizer muon --lr 4e-3"),
 }
 TOGETHER = f"--block modern --direction-loss --route 1 3 0.5 {ALIGN} --inner-head 2 --optimizer muon"
 RECIPES["all"] = Recipe(TOGETHER)
