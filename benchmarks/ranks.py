@@ -94,7 +94,7 @@ class Ledger(TorchDispatchMode):
             group = CollectiveOp.get_process_group(function, arguments)
             self.collectives.append(Collective(self.phase, kind, tuple(dist.get_process_group_ranks(group)), size))
         elif function in collective_ops - sync_ops:
-            raise NotImplementedError(f"the bytes of {name} are not known")
+            raise RuntimeError(f"the bytes of {name} are not known")
 
     def _resizing(self, resize):
         def resize_and_count(storage, size):
